@@ -1,0 +1,44 @@
+#include "base/json.h"
+
+#include "base/error.h"
+#include "base/fs.h"
+
+namespace mm {
+
+ordered_json parse_json(std::string_view text, const std::string& where) {
+  constexpr int max_depth = 128;
+  // The depth is checked before the parse: a parser callback would cost a call for every value.
+  int depth = 0;
+  bool in_string = false, escaped = false;
+  for (const char c : text) {
+    if (in_string) {
+      if (escaped) escaped = false;
+      else if (c == '\\') escaped = true;
+      else if (c == '"') in_string = false;
+    } else if (c == '"') {
+      in_string = true;
+    } else if (c == '[' || c == '{') {
+      if (++depth > max_depth) throw Error(where, fmt::format("JSON nested at most {} deep", max_depth), "deeper nesting");
+    } else if (c == ']' || c == '}') {
+      depth--;
+    }
+  }
+  try {
+    return ordered_json::parse(text);
+  } catch (const nlohmann::json::exception& e) {
+    throw Error(where, "valid JSON in UTF-8", e.what());
+  }
+}
+
+ordered_json load_json(const std::string& path) { return parse_json(read_file(path), path); }
+
+std::string json_type_name(const ordered_json& v) {
+  if (v.is_null()) return "null";
+  if (v.is_boolean()) return "true or false";
+  if (v.is_number()) return "a number";
+  if (v.is_string()) return "a string";
+  if (v.is_array()) return "a list";
+  return "an object";
+}
+
+}  // namespace mm

@@ -1,0 +1,93 @@
+// The table of commands. Exit codes: 0 done, 1 a check that the command makes failed, 2 bad input, 130 interrupted.
+#include <csignal>
+#include <cstdio>
+
+#include "base/error.h"
+#include "base/log.h"
+#include "base/progress.h"
+#include "base/thread_team.h"
+#include "cli/command.h"
+
+namespace mm {
+
+void add_common_flags(CLI::App* command, Globals& globals) {
+  command->add_flag("--json", globals.json, "Print results as JSON on standard output, and nothing else there");
+  command->add_flag("--quiet", globals.quiet, "No progress bars");
+  command->add_option("--threads", globals.threads, "Threads to use (0: all cores)")->check(CLI::Range(0, 4096));
+  command->set_config("--config", "", "Read flags from a TOML file (flags on the command line win)");
+  command->allow_config_extras(CLI::config_extras_mode::error);
+  command->parse_complete_callback([&globals] {
+    set_num_threads(globals.threads);
+    Progress::set_quiet(globals.quiet);
+  });
+}
+
+void print_line(const std::string& line) {
+  if (std::fwrite(line.data(), 1, line.size(), stdout) != line.size() || std::fputc('\n', stdout) == EOF ||
+      std::fflush(stdout) != 0) {
+    throw system_error("write failed", "standard output");
+  }
+}
+
+void print_result(const Globals& globals, const ordered_json& result) {
+  if (globals.json || !result.is_object()) {
+    print_line(result.dump(-1, ' ', false, json::error_handler_t::replace));
+    return;
+  }
+  size_t width = 0;
+  for (const auto& [key, value] : result.items()) width = std::max(width, key.size());
+  for (const auto& [key, value] : result.items()) {
+    const std::string text = value.is_string() ? value.get<std::string>() : value.dump(-1, ' ', false, json::error_handler_t::replace);
+    print_line(fmt::format("{:<{}}  {}", key, width, text));
+  }
+}
+
+static int run(int argc, char** argv) {
+  CLI::App app{
+      "minimind: the whole life of a small language model in one program\n"
+      "Start with `minimind demo`, which trains a tokenizer and a model from nothing and chats with it.",
+      "minimind"};
+  app.set_version_flag("--version", MM_VERSION);
+  app.require_subcommand(1);
+  app.option_defaults()->always_capture_default();
+  Globals globals;
+  add_demo_command(app, globals);
+  add_tokenizer_commands(app, globals);
+  add_data_commands(app, globals);
+  add_train_commands(app, globals);
+  add_eval_commands(app, globals);
+  add_generate_command(app, globals);
+  add_chat_command(app, globals);
+  add_model_commands(app, globals);
+  add_logits_command(app, globals);
+  add_bench_command(app, globals);
+  try {
+    app.parse(argc, argv);
+    return 0;
+  } catch (const CLI::CallForHelp& e) {
+    return app.exit(e);
+  } catch (const CLI::CallForAllHelp& e) {
+    return app.exit(e);
+  } catch (const CLI::CallForVersion& e) {
+    return app.exit(e);
+  } catch (const CLI::RuntimeError& e) {  // a command's own exit code
+    return e.get_exit_code();
+  } catch (const CLI::ParseError& e) {
+    log_error("{} (see `minimind {}--help`)", e.what(), argc > 1 && argv[1][0] != '-' ? std::string(argv[1]) + " " : "");
+    return 2;
+  }
+}
+
+}  // namespace mm
+
+int main(int argc, char** argv) {
+  std::signal(SIGPIPE, SIG_IGN);
+  try {
+    return mm::run(argc, argv);
+  } catch (const std::bad_alloc&) {
+    mm::log_error("out of memory; use a smaller model, batch or sequence length");
+  } catch (const std::exception& e) {
+    mm::log_error("{}", e.what());
+  }
+  return 2;
+}
