@@ -11,13 +11,6 @@
 
 namespace mm {
 
-static int cores_of_process() {
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
-  return 1;
-}
-
 static int g_threads = 0;
 
 int num_threads() {
@@ -26,6 +19,13 @@ int num_threads() {
 }
 
 #ifdef _OPENMP
+
+static int cores_of_process() {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
+  return 1;
+}
 
 void set_num_threads(int n) {
   g_threads = n > 0 ? n : cores_of_process();
