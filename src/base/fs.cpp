@@ -110,6 +110,33 @@ void write_file(const std::string& path, std::string_view content) {
   f.commit();
 }
 
+AppendFile::AppendFile(const std::string& path, bool must_be_new) : path_(path) {
+  fd_ = ::open(path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC | (must_be_new ? O_EXCL : 0), 0644);
+  if (fd_ < 0) throw system_error("cannot open for writing", path);
+}
+
+AppendFile::~AppendFile() {
+  if (fd_ >= 0) ::close(fd_);
+}
+
+AppendFile::AppendFile(AppendFile&& other) noexcept
+    : path_(std::move(other.path_)), fd_(std::exchange(other.fd_, -1)) {}
+
+AppendFile& AppendFile::operator=(AppendFile&& other) noexcept {
+  std::swap(path_, other.path_);
+  std::swap(fd_, other.fd_);
+  return *this;
+}
+
+void AppendFile::write(std::string_view bytes) {
+  while (!bytes.empty()) {
+    const ssize_t n = ::write(fd_, bytes.data(), bytes.size());
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0) throw system_error("write failed", path_);
+    bytes.remove_prefix(static_cast<size_t>(n));
+  }
+}
+
 MappedFile::MappedFile(const std::string& path) {
   struct stat st {};
   const int fd = open_for_read(path, st);

@@ -30,6 +30,25 @@ class AtomicFile {
 
 void write_file(const std::string& path, std::string_view content);  // AtomicFile in one call
 
+// Appends to a file (made if missing). Every write reaches the operating system before it returns, so a killed process
+// loses nothing; a full disk or the like is an Error. Not thread safe.
+class AppendFile {
+ public:
+  AppendFile() = default;
+  explicit AppendFile(const std::string& path, bool must_be_new = false);
+  ~AppendFile();
+  AppendFile(const AppendFile&) = delete;
+  AppendFile& operator=(const AppendFile&) = delete;
+  AppendFile(AppendFile&& other) noexcept;
+  AppendFile& operator=(AppendFile&& other) noexcept;
+  void write(std::string_view bytes);
+  const std::string& path() const { return path_; }
+
+ private:
+  std::string path_;
+  int fd_ = -1;
+};
+
 // Read-only memory map of a whole file; empty files map to size 0. Pages are shared with the page cache, so a file larger
 // than memory can be mapped. A file shortened by another process while mapped is outside our control.
 class MappedFile {
