@@ -15,13 +15,13 @@ function(mm_library name)
   target_link_libraries(mm_${name} PUBLIC ${ARG_DEPS})
 endfunction()
 
-# kernels/: ops.cpp and ref/ once; every cpu/*.cpp once for each instruction set, in a namespace of its own. Those units
+# kernels/: ops.cpp and ref/ once; every cpu/simd/*.cpp once for each instruction set, in a namespace of its own. Those units
 # include only headers whose functions are all in that namespace: an inline function shared by two of them would link to
 # only one version.
 function(mm_kernels)
-  file(GLOB sources CONFIGURE_DEPENDS src/kernels/*.cpp src/kernels/ref/*.cpp)
+  file(GLOB sources CONFIGURE_DEPENDS src/kernels/*.cpp src/kernels/ref/*.cpp src/kernels/cpu/*.cpp)
   list(FILTER sources EXCLUDE REGEX "_test\\.cpp$")
-  file(GLOB simd_sources CONFIGURE_DEPENDS src/kernels/cpu/*.cpp)
+  file(GLOB simd_sources CONFIGURE_DEPENDS src/kernels/cpu/simd/*.cpp)
   list(FILTER simd_sources EXCLUDE REGEX "_test\\.cpp$")
   set(isas scalar)
   set(flags_scalar "")

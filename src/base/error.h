@@ -28,10 +28,10 @@ namespace detail {
 }
 
 // Stops the program (abort) when our own invariant is broken. Never used on data from outside.
-#define MM_CHECK(cond, ...)                                                                          \
-  do {                                                                                               \
-    if (!(cond)) [[unlikely]]                                                                        \
-      ::mm::detail::check_failed(__FILE__, __LINE__, #cond, ::fmt::format("" __VA_ARGS__));          \
+#define MM_CHECK(cond, ...)                                                                 \
+  do {                                                                                      \
+    if (!(cond)) [[unlikely]]                                                               \
+      ::mm::detail::check_failed(__FILE__, __LINE__, #cond, ::fmt::format("" __VA_ARGS__)); \
   } while (0)
 
 }  // namespace mm

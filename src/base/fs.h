@@ -49,8 +49,8 @@ class AppendFile {
   int fd_ = -1;
 };
 
-// Read-only memory map of a whole file; empty files map to size 0. Pages are shared with the page cache, so a file larger
-// than memory can be mapped. A file shortened by another process while mapped is outside our control.
+// Read-only memory map of a whole file; empty files map to size 0. Pages are shared with the page cache, so a file
+// larger than memory can be mapped. A file shortened by another process while mapped is outside our control.
 class MappedFile {
  public:
   MappedFile() = default;
@@ -72,7 +72,7 @@ class MappedFile {
 bool file_exists(const std::string& path);
 bool dir_exists(const std::string& path);
 std::string path_join(const std::string& a, const std::string& b);
-void make_dirs(const std::string& path);     // mkdir -p; Error if it cannot be made or written
+void make_dirs(const std::string& path);  // mkdir -p; Error if it cannot be made or written
 // Error unless `dir` is absent, empty, or `overwrite` is set: nothing is overwritten silently.
 void require_new_dir(const std::string& dir, bool overwrite);
 // 64-bit FNV-1a style hash for cache keys; not for security.

@@ -5,7 +5,8 @@
 
 namespace mm {
 
-ordered_json parse_json(std::string_view text, const std::string& where) {
+template <class Json>
+static Json parse_checked(std::string_view text, const std::string& where) {
   constexpr int max_depth = 128;
   // The depth is checked before the parse: a parser callback would cost a call for every value.
   int depth = 0;
@@ -18,17 +19,24 @@ ordered_json parse_json(std::string_view text, const std::string& where) {
     } else if (c == '"') {
       in_string = true;
     } else if (c == '[' || c == '{') {
-      if (++depth > max_depth) throw Error(where, fmt::format("JSON nested at most {} deep", max_depth), "deeper nesting");
+      if (++depth > max_depth)
+        throw Error(where, fmt::format("JSON nested at most {} deep", max_depth), "deeper nesting");
     } else if (c == ']' || c == '}') {
       depth--;
     }
   }
   try {
-    return ordered_json::parse(text);
+    return Json::parse(text);
   } catch (const nlohmann::json::exception& e) {
     throw Error(where, "valid JSON in UTF-8", e.what());
   }
 }
+
+ordered_json parse_json(std::string_view text, const std::string& where) {
+  return parse_checked<ordered_json>(text, where);
+}
+
+json parse_large_json(std::string_view text, const std::string& where) { return parse_checked<json>(text, where); }
 
 ordered_json load_json(const std::string& path) { return parse_json(read_file(path), path); }
 

@@ -14,6 +14,8 @@ using ordered_json = nlohmann::ordered_json;  // keeps key order: results, templ
 // than 128 levels.
 ordered_json parse_json(std::string_view text, const std::string& where);
 ordered_json load_json(const std::string& path);
+// The same checks, keys sorted: for objects of many thousand keys (vocabularies), where ordered_json's look-up is slow.
+json parse_large_json(std::string_view text, const std::string& where);
 
 // Typed field access with an Error naming field and file when it is missing or of another type.
 template <class T>

@@ -30,7 +30,8 @@ T json_get(const ordered_json& object, const char* key, const std::string& where
   if (!object.is_object()) throw Error(where, "a JSON object", json_type_name(object));
   const auto it = object.find(key);
   if (it == object.end()) throw Error(where, fmt::format("field \"{}\"", key), "none");
-  if (!json_holds<T>(*it)) throw Error(fmt::format("{}: field \"{}\"", where, key), json_wanted<T>(), json_type_name(*it));
+  if (!json_holds<T>(*it))
+    throw Error(fmt::format("{}: field \"{}\"", where, key), json_wanted<T>(), json_type_name(*it));
   return it->template get<T>();
 }
 

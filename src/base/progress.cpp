@@ -86,8 +86,9 @@ void Progress::draw(bool force) {
   if (total_ > 0) {
     const double share = std::clamp(static_cast<double>(done_) / static_cast<double>(total_), 0.0, 1.0);
     const int filled = static_cast<int>(share * 20);
-    line += fmt::format("{:3.0f}% |{}{}| {}/{} {}", share * 100, std::string(filled, '#'), std::string(20 - filled, ' '),
-                        human_count(static_cast<double>(done_)), human_count(static_cast<double>(total_)), unit_);
+    line +=
+        fmt::format("{:3.0f}% |{}{}| {}/{} {}", share * 100, std::string(filled, '#'), std::string(20 - filled, ' '),
+                    human_count(static_cast<double>(done_)), human_count(static_cast<double>(total_)), unit_);
   } else {
     line += fmt::format("{} {}", human_count(static_cast<double>(done_)), unit_);
   }

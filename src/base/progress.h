@@ -17,9 +17,10 @@ class Progress {
   Progress(const Progress&) = delete;
   Progress& operator=(const Progress&) = delete;
 
-  void set(int64_t done, const std::string& extra = "");   // absolute position
-  void rate_units(int64_t units_done, std::string unit);   // show speed in another unit (steps as position, tok/s as speed)
-  void finish(const std::string& summary = "");            // final line; called by the destructor if needed
+  void set(int64_t done, const std::string& extra = "");  // absolute position
+  void rate_units(int64_t units_done,
+                  std::string unit);             // show speed in another unit (steps as position, tok/s as speed)
+  void finish(const std::string& summary = "");  // final line; called by the destructor if needed
 
   static void set_quiet(bool quiet);  // --quiet: draw nothing
   static void clear_line();           // used by the log so that lines do not mix with the bar
@@ -33,9 +34,9 @@ class Progress {
   bool shown_ = false, finished_ = false;
 };
 
-double now_seconds();                                  // monotonic clock
-std::string human_count(double n);                     // 1234567 -> "1.23M"
-std::string human_bytes(double n);                     // 1234567 -> "1.18 MiB"
-std::string human_duration(double seconds);            // 75 -> "1:15"
+double now_seconds();                        // monotonic clock
+std::string human_count(double n);           // 1234567 -> "1.23M"
+std::string human_bytes(double n);           // 1234567 -> "1.18 MiB"
+std::string human_duration(double seconds);  // 75 -> "1:15"
 
 }  // namespace mm

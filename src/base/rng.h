@@ -37,9 +37,7 @@ struct Rng {
   }
   float uniform() { return to_unit_float(next_u32()); }
   // Integer in [0, n), n > 0 (multiply-shift; bias below n / 2^64).
-  uint64_t below(uint64_t n) {
-    return static_cast<uint64_t>((static_cast<unsigned __int128>(next_u64()) * n) >> 64);
-  }
+  uint64_t below(uint64_t n) { return static_cast<uint64_t>((static_cast<unsigned __int128>(next_u64()) * n) >> 64); }
 };
 
 // Standard normal value i of a stream (Box-Muller on one Philox block).

@@ -42,8 +42,9 @@ void parallel_for(int64_t n, int64_t grain, F&& f) {
 // f(i, thread) for i in [0, n), handed out one by one: for tasks of unequal size. f must not depend on the order.
 template <class F>
 void parallel_dynamic(int64_t n, F&& f) {
-  detail::run_dynamic(n, [](void* c, int64_t i, int t) { (*static_cast<std::remove_reference_t<F>*>(c))(i, t); },
-                      const_cast<void*>(static_cast<const void*>(std::addressof(f))));
+  detail::run_dynamic(
+      n, [](void* c, int64_t i, int t) { (*static_cast<std::remove_reference_t<F>*>(c))(i, t); },
+      const_cast<void*>(static_cast<const void*>(std::addressof(f))));
 }
 
 }  // namespace mm

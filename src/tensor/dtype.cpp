@@ -57,8 +57,8 @@ uint16_t float_to_f16(float f) {
   const uint32_t u = std::bit_cast<uint32_t>(f), sign = u >> 16 & 0x8000u, magnitude = u & 0x7fffffffu;
   if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
   if (magnitude >= 0x47800000u) return static_cast<uint16_t>(sign | 0x7c00u);  // >= 65536
-  if (magnitude < 0x38800000u) {                                                // subnormal half: let the FPU round
-    const float scaled = std::bit_cast<float>(magnitude) + 0.5f;                // 0.5 has ulp 2^-24
+  if (magnitude < 0x38800000u) {                                               // subnormal half: let the FPU round
+    const float scaled = std::bit_cast<float>(magnitude) + 0.5f;               // 0.5 has ulp 2^-24
     return static_cast<uint16_t>(sign | (std::bit_cast<uint32_t>(scaled) - 0x3f000000u));
   }
   const uint32_t rounded = magnitude + 0xfffu + (magnitude >> 13 & 1u);

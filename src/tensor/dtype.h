@@ -11,8 +11,8 @@ namespace mm {
 enum class DType : uint8_t { f32, f16, bf16, f64, i64, i32, i16, i8, u8, boolean };
 
 size_t dtype_size(DType t);
-const char* dtype_name(DType t);                     // "f32", "bf16", ...
-DType dtype_from_name(const std::string& name);      // Error on an unknown one
+const char* dtype_name(DType t);                 // "f32", "bf16", ...
+DType dtype_from_name(const std::string& name);  // Error on an unknown one
 
 inline float bf16_to_float(uint16_t h) { return std::bit_cast<float>(static_cast<uint32_t>(h) << 16); }
 inline uint16_t float_to_bf16(float f) {  // round to nearest even; NaN stays NaN

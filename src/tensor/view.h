@@ -37,7 +37,8 @@ struct Shape {
 };
 
 // Row-major; rows (index 0) may lie further apart than their length: `ld` elements from one row to the next.
-// Everything below the first dimension is contiguous. Copying a View copies no data. Unowned, no thread rule of its own.
+// Everything below the first dimension is contiguous. Copying a View copies no data. Unowned, no thread rule of its
+// own.
 struct View {
   void* data = nullptr;
   DType dtype = DType::f32;
