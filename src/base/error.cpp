@@ -14,7 +14,7 @@ static std::string compose(const std::string& where, const std::string& expected
   return s;
 }
 
-Error::Error(std::string where, std::string expected, std::string found, std::string todo)
+Error::Error(const std::string& where, const std::string& expected, const std::string& found, const std::string& todo)
     : std::runtime_error(compose(where, expected, found, todo)) {}
 
 Error system_error(const std::string& what, const std::string& path) {

@@ -15,7 +15,7 @@ namespace mm {
 class Error : public std::runtime_error {
  public:
   // `where` names a file, line, flag, tensor or field. `todo` may be empty where nothing helps.
-  Error(std::string where, std::string expected, std::string found, std::string todo = "");
+  Error(const std::string& where, const std::string& expected, const std::string& found, const std::string& todo = "");
   // A message that does not split into expected and found (system failures).
   explicit Error(const std::string& message) : std::runtime_error(message) {}
 };

@@ -17,7 +17,8 @@ struct Globals {
 // Adds --json, --quiet, --threads and --config FILE.toml to a command that does work.
 void add_common_flags(CLI::App* command, Globals& globals);
 
-// Prints `result`: in --json mode as one line, else as aligned "key: value" lines. Flushes; Error if stdout is closed or full.
+// Prints `result`: in --json mode as one line, else as aligned "key: value" lines. Flushes; Error if stdout is closed
+// or full.
 void print_result(const Globals& globals, const ordered_json& result);
 void print_line(const std::string& line);  // one raw line on standard output, checked for write errors
 
@@ -26,8 +27,8 @@ void add_tokenizer_commands(CLI::App& app, Globals& globals);  // tokenizer trai
 void add_data_commands(CLI::App& app, Globals& globals);       // data check|show
 void add_model_commands(CLI::App& app, Globals& globals);      // model info
 void add_logits_command(CLI::App& app, Globals& globals);
-void add_train_commands(CLI::App& app, Globals& globals);      // pretrain, sft
-void add_eval_commands(CLI::App& app, Globals& globals);       // eval ppl
+void add_train_commands(CLI::App& app, Globals& globals);  // pretrain, sft
+void add_eval_commands(CLI::App& app, Globals& globals);   // eval ppl
 void add_generate_command(CLI::App& app, Globals& globals);
 void add_chat_command(CLI::App& app, Globals& globals);
 void add_bench_command(CLI::App& app, Globals& globals);

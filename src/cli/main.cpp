@@ -37,7 +37,8 @@ void print_result(const Globals& globals, const ordered_json& result) {
   size_t width = 0;
   for (const auto& [key, value] : result.items()) width = std::max(width, key.size());
   for (const auto& [key, value] : result.items()) {
-    const std::string text = value.is_string() ? value.get<std::string>() : value.dump(-1, ' ', false, json::error_handler_t::replace);
+    const std::string text =
+        value.is_string() ? value.get<std::string>() : value.dump(-1, ' ', false, json::error_handler_t::replace);
     print_line(fmt::format("{:<{}}  {}", key, width, text));
   }
 }
@@ -73,7 +74,8 @@ static int run(int argc, char** argv) {
   } catch (const CLI::RuntimeError& e) {  // a command's own exit code
     return e.get_exit_code();
   } catch (const CLI::ParseError& e) {
-    log_error("{} (see `minimind {}--help`)", e.what(), argc > 1 && argv[1][0] != '-' ? std::string(argv[1]) + " " : "");
+    log_error("{} (see `minimind {}--help`)", e.what(),
+              argc > 1 && argv[1][0] != '-' ? std::string(argv[1]) + " " : "");
     return 2;
   }
 }
