@@ -150,12 +150,15 @@ class HeaderReader : public nlohmann::json_sax<json> {
 uint64_t checked_bytes(const SafetensorsHeader::Tensor& t, const std::string& here) {
   const size_t size = safetensors_type_size(t.type_text);
   if (size == 0) throw Error(here, "a known dtype (F32, F16, BF16, ...)", fmt::format("\"{}\"", t.type_text));
+  // Zero dimensions count as one here: the row length of an empty tensor must not overflow either.
   int64_t bytes = static_cast<int64_t>(size);
+  bool empty = false;
   for (const int64_t d : t.dims) {
-    if (__builtin_mul_overflow(bytes, d, &bytes))
+    empty = empty || d == 0;
+    if (__builtin_mul_overflow(bytes, d == 0 ? 1 : d, &bytes))
       throw Error(here, "a shape of less than 2^63 bytes", fmt::format("[{}]", fmt::join(t.dims, ", ")));
   }
-  return static_cast<uint64_t>(bytes);
+  return empty ? 0 : static_cast<uint64_t>(bytes);
 }
 
 }  // namespace

@@ -146,6 +146,7 @@ TEST_F(SafetensorsTest, HostileHeaders) {
   EXPECT_HAS(error_of(one("\"F32\"", "2", "[0,8]"), 8), "a number");
   EXPECT_HAS(error_of(one("\"F32\"", "[18446744073709551615]", "[0,8]"), 8), "2^63");
   EXPECT_HAS(error_of(one("\"F32\"", "[4294967296,4294967296]", "[0,8]"), 8), "2^63");
+  EXPECT_HAS(error_of(one("\"F32\"", "[0,4294967296,4294967296]", "[0,0]"), 0), "2^63");
   EXPECT_HAS(error_of(one("\"F32\"", "[2305843009213693954]", "[0,8]"), 8), "2^63");
   EXPECT_HAS(error_of(one("\"F32\"", "[2]", "[0]"), 8), "two data_offsets");
   EXPECT_HAS(error_of(one("\"F32\"", "[2]", "[0,8,8]"), 8), "two data_offsets");
