@@ -1,7 +1,12 @@
 // Byte-level BPE training with the merges (and ties) of HF tokenizers' BpeTrainer.
+//
+// Memory: counting keeps each distinct pre-token once (its length + 32 bytes), at most max_word_bytes in all, and 32
+// MiB of input a time beside it. Merging needs about 4 bytes a byte of distinct pre-tokens for their symbols and about
+// as much again, at most three times it, for the lists of where each pair occurs. All in all at most about 16 *
+// max_word_bytes.
 #pragma once
 
-#include <functional>
+#include <memory>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -10,21 +15,34 @@
 
 namespace mm {
 
-struct BpeTrainerOptions {
-  int32_t vocab_size = 6400;
-  int64_t min_frequency = 0;
-  std::vector<std::string> special_tokens{"<|endoftext|>", "<|im_start|>", "<|im_end|>"};
-  // Memory bound: distinct pre-tokens kept while counting; the rarest are dropped beyond it (logged, counted).
-  int64_t max_words = 20'000'000;
+struct SpecialToken {
+  std::string content;
+  bool special = true;  // false: one id, but ordinary text when decoding without special tokens (<think>, <tool_call>)
 };
 
-// Feed texts (each an independent training text, as one item of HF's train_from_iterator), then train.
+std::vector<SpecialToken> chatml_special_tokens();    // <|endoftext|> <|im_start|> <|im_end|>
+std::vector<SpecialToken> minimind_special_tokens();  // MiniMind's 36, in its order
+
+struct BpeTrainerOptions {
+  int32_t vocab_size = 6400;  // special tokens and the 256 bytes included
+  int64_t min_frequency = 0;
+  // The first ids. bos, eos and pad are <|im_start|>, <|im_end|> and <|endoftext|> where these are among them.
+  std::vector<SpecialToken> special_tokens = minimind_special_tokens();
+  // Beyond this the rarest pre-tokens are dropped (with a warning), and merges may then differ from HF's.
+  int64_t max_word_bytes = int64_t{512} << 20;
+};
+
+// Feed texts (each an independent training text, as one item of HF's train_from_iterator), then train once. Results do
+// not depend on the number of threads. Call from one thread at a time.
 class BpeTrainer {
  public:
-  explicit BpeTrainer(BpeTrainerOptions options);
+  explicit BpeTrainer(BpeTrainerOptions options);  // Error if vocab_size cannot hold the special tokens and 256 bytes
   ~BpeTrainer();
   void feed(const std::vector<std::string_view>& texts);  // counted by all cores; views are not kept
-  Tokenizer train();                                      // shows progress
+  int64_t distinct_words() const;
+  int64_t dropped_words() const;  // occurrences dropped to stay within the bound
+  // Shows progress. Error if nothing was fed. The chat template is MiniMind's.
+  Tokenizer train();
 
  private:
   struct Impl;

@@ -12,10 +12,17 @@ struct ChatOptions {
   bool open_thinking = false;  // the generation prompt ends inside <think>
 };
 
-// messages: list of {role, content[, reasoning_content][, tool_calls]}; tools: null or a list. Key order of tools and
-// arguments is kept (ordered_json). Error names the message index and field. `where` prefixes the error.
+// messages: list of {role, content[, reasoning_content][, tool_calls]}, role one of system, user, assistant, tool.
+//   content: a string; null or absent where a message may be without (renders as ""; a leading system message may not).
+//   tool_calls: a list of {name, arguments} or {function: {name, arguments}}; arguments any JSON, or a string that is
+//   written as it stands. null, "", [] and {} mean none, as for tools (a list of objects).
+// Key order of tools and arguments is kept. Anything else is an Error that names the message's index and field, also
+// where Jinja would drop the message or field in silence (unknown roles, content of another type). `where` prefixes it.
 std::string render_chat(const ordered_json& messages, const ordered_json& tools, const ChatOptions& options,
                         const std::string& where = "messages");
+
+// Appends `value` as Python's json.dumps(value, ensure_ascii=False) writes it: what the template's `tojson` prints.
+void append_python_json(const ordered_json& value, std::string& out);
 
 // The Jinja source that render_chat implements; written into tokenizers that this program trains.
 const std::string& minimind_chat_template();

@@ -1,4 +1,5 @@
-// Turns ids into text one at a time without ever giving out half a UTF-8 character.
+// Turns ids into text one at a time without ever giving out half a UTF-8 character. All that push and flush return,
+// joined, equals decode() of all the ids.
 #pragma once
 
 #include <string>

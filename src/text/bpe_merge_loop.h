@@ -1,0 +1,72 @@
+// The greedy loop of BPE training: merge the most frequent pair in all words until the vocabulary is full.
+//
+// It keeps HF's bookkeeping, on which ties and rare corners depend: an item of the queue is (count when pushed, pair,
+// the words where the pair appeared then). The top is the highest count, then the smallest pair of ids. An item whose
+// count has changed goes back with the new one. A merge pushes an item for each pair that it formed, with the words
+// concerned.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <vector>
+
+#include "text/bpe.h"
+
+namespace mm {
+
+class MergeLoop {
+ public:
+  // tokens: the vocabulary so far (printable alphabet), the 256 bytes among them.
+  MergeLoop(const std::array<int32_t, 256>& byte_ids, std::vector<std::string> tokens);
+  void add_word(std::string_view bytes, int64_t count);
+  void run(int32_t vocab_size, int64_t min_frequency);  // once; uses the thread team
+  const std::vector<std::string>& tokens() const { return tokens_; }
+  std::vector<BpeMerger::Merge> merges() const;  // in rank order; a pair merged twice counts where it came last
+
+ private:
+  using Where = std::vector<uint32_t>;  // word indices, ascending, each once
+  struct Item {
+    int64_t count;
+    uint64_t pair;
+    uint32_t where;  // index in lists_
+    bool operator<(const Item& o) const { return count != o.count ? count < o.count : pair > o.pair; }
+  };
+  // What a merge of (a, b) into c changed, by the neighbouring symbol x. A left neighbour's pairs (x, a) became (x, c),
+  // a right neighbour's (b, x) became (c, x).
+  struct Side {
+    std::vector<int64_t> changed;  // by x: how many (weighed by the words' counts)
+    std::vector<Where> where;      // by x: in which words
+    std::vector<int32_t> touched;  // the x concerned
+    void add(int32_t x, int64_t count, uint32_t word);
+  };
+  struct Changes {
+    Side left, right;
+    void fit(size_t symbols);
+  };
+
+  void count_pairs();
+  void push(uint64_t pair, Where where);
+  void merge_words(const uint32_t* begin, const uint32_t* end, const BpeMerger::Merge& m, Changes& changes);
+  void apply(const BpeMerger::Merge& m);
+
+  std::array<int32_t, 256> byte_ids_;
+  std::vector<std::string> tokens_;
+  std::unordered_map<std::string, int32_t> ids_;
+  std::vector<BpeMerger::Merge> merges_;
+
+  std::vector<int32_t> symbols_;  // of all words, one after the other; a word shrinks in place
+  std::vector<uint64_t> starts_;
+  std::vector<uint32_t> lengths_;
+  std::vector<int64_t> counts_;
+
+  std::unordered_map<uint64_t, int64_t> pair_counts_;
+  std::vector<Item> queue_;  // a heap
+  std::vector<Where> lists_;
+  std::vector<uint32_t> free_lists_;
+  std::vector<Changes> changes_;  // by thread
+};
+
+}  // namespace mm
