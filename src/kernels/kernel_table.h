@@ -74,7 +74,8 @@ struct KernelTable {
   void (*attention_fwd)(const AttentionArgs& a);
   void (*attention_bwd)(const AttentionBwdArgs& a);
   void (*swiglu_fwd)(float* act, const float* gate_up, int64_t n, int64_t f);  // silu(gate) * up
-  void (*swiglu_bwd)(float* dgate_up, const float* dact, const float* gate_up, int64_t n, int64_t f);  // may not alias
+  void (*swiglu_bwd)(float* dgate_up, const float* dact, const float* gate_up, int64_t n,
+                     int64_t f);  // dgate_up may be gate_up itself
   // logits [n,V] -> lse[n], logp[n] = logits[target] - lse (targets in [0,V)).
   void (*logprob_fwd)(float* logp, float* lse, const float* logits, const int32_t* targets, int64_t n, int64_t v);
   // logits -> dlogits in place: g[t] * (onehot(target) - softmax).
@@ -100,6 +101,8 @@ struct KernelTable {
   void (*scatter_add)(float* out, const float* x, const int32_t* slot, int64_t n, int top_k,
                       int64_t d);  // out[t] = sum_j x[slot[t,j]]
   void (*adamw)(float* p, const float* g, float* m, float* v, const AdamWArgs& a, int64_t n);
+  void (*copy)(float* y, const float* x, int64_t n);
+  void (*zero)(float* x, int64_t n);
   double (*sum_sq)(const float* x, int64_t n);  // fixed order: the same value on any number of threads
 };
 

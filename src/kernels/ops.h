@@ -32,7 +32,7 @@ void attention_fwd(const Device& dev, const AttentionArgs& args);
 void attention_bwd(const Device& dev, const AttentionBwdArgs& args);
 
 void swiglu_fwd(const Device& dev, View act, View gate_up);                  // act [n, f], gate_up [n, 2 f]
-void swiglu_bwd(const Device& dev, View dgate_up, View dact, View gate_up);  // dgate_up must not alias the others
+void swiglu_bwd(const Device& dev, View dgate_up, View dact, View gate_up);  // dgate_up may be gate_up itself
 
 void logprob_fwd(const Device& dev, View logp, View lse, View logits,
                  const int32_t* targets);                                                    // [n], [n], [n, n_vocab]
@@ -54,6 +54,8 @@ void scatter_add(const Device& dev, View out, View x, const int32_t* slot,
                  int top_k);  // out [n, d] = sums of x [n top_k, d]
 
 void adamw(const Device& dev, View p, View g, View m, View v, const AdamWArgs& args);
+void copy(const Device& dev, View y, View x);  // contiguous, same number of elements
+void zero(const Device& dev, View x);
 double sum_sq(const Device& dev, View x);
 
 }  // namespace mm::ops

@@ -77,6 +77,16 @@ static void add(float* y, const float* x, int64_t n) {
   parallel_for(n, 4096, [&](int64_t b, int64_t e) { simd().axpy(y + b, 1.0f, x + b, e - b); });
 }
 
+static void copy(float* y, const float* x, int64_t n) {
+  parallel_for(n, 1 << 16,
+               [&](int64_t b, int64_t e) { std::memcpy(y + b, x + b, static_cast<size_t>(e - b) * sizeof(float)); });
+}
+
+static void zero(float* x, int64_t n) {
+  parallel_for(n, 1 << 16,
+               [&](int64_t b, int64_t e) { std::memset(x + b, 0, static_cast<size_t>(e - b) * sizeof(float)); });
+}
+
 static void adamw(float* p, const float* g, float* m, float* v, const AdamWArgs& a, int64_t n) {
   const auto step = static_cast<double>(a.step);
   const AdamWStep args{.keep = static_cast<float>(1.0 - a.lr * a.weight_decay),
@@ -134,6 +144,8 @@ const KernelTable& cpu_kernels() {
       .moe_combine_bwd = cpu::moe_combine_bwd,
       .scatter_add = cpu::scatter_add,
       .adamw = cpu::adamw,
+      .copy = cpu::copy,
+      .zero = cpu::zero,
       .sum_sq = cpu::sum_sq,
   };
   return table;

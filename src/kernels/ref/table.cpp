@@ -46,6 +46,8 @@ const KernelTable& ref_kernels() {
       .moe_combine_bwd = ref::moe_combine_bwd<float>,
       .scatter_add = ref::scatter_add<float>,
       .adamw = ref::adamw<float>,
+      .copy = [](float* y, const float* x, int64_t n) { std::copy_n(x, n, y); },
+      .zero = [](float* x, int64_t n) { std::fill_n(x, n, 0.0f); },
       .sum_sq = ref::sum_sq<float>,
   };
   return table;

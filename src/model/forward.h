@@ -1,0 +1,27 @@
+// The forward and the backward pass, written as scripts of ops. They know neither training nor serving.
+#pragma once
+
+#include "model/activations.h"
+#include "model/kv_cache.h"
+#include "model/model.h"
+#include "tensor/device.h"
+#include "tensor/token_batch.h"
+
+namespace mm {
+
+struct DropoutKey {  // random numbers of this pass: seed of the run, number of the micro-batch
+  uint64_t seed = 0, step = 0;
+};
+
+// Fills acts (and, with a cache, the rows that its plan names). Afterwards acts.h [n_tok, d_model] is the final norm's
+// output, input of the LM head, and acts.aux_loss the MoE balance loss times its coefficient. Dropout only when
+// acts.train(). ids must lie in [0, vocab_size): Error otherwise, with the first bad one.
+void forward(const Device& dev, Model& model, const TokenBatch& batch, Activations& acts, KvCache* cache = nullptr,
+             DropoutKey key = {});
+
+// After forward() with acts.train(). On entry acts.dh [n_tok, d_model] holds dL/d(acts.h). Adds to grads. aux_scale
+// multiplies the gradient of acts.aux_loss.
+void backward(const Device& dev, Model& model, const TokenBatch& batch, Activations& acts, ParamBuffer& grads,
+              float aux_scale = 1.0f, DropoutKey key = {});
+
+}  // namespace mm
