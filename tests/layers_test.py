@@ -32,7 +32,7 @@ THIRD_PARTY = {
     "zlib": ["data/"],
     "zstd": ["data/"],
     "spdlog/": ["base/log.cpp"],
-    "gtest/": ["_test.cpp"],
+    "gtest/": ["_test.cpp", "kernels/cases/"],
 }
 
 MAX_LINES = 1000
