@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <exception>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -41,8 +42,17 @@ void run_team(void (*fn)(void*, int, int), void* ctx) {
     fn(ctx, 0, 1);
     return;
   }
+  std::exception_ptr failure;
+  std::atomic_flag failed = ATOMIC_FLAG_INIT;
 #pragma omp parallel num_threads(n)
-  fn(ctx, omp_get_thread_num(), omp_get_num_threads());
+  {
+    try {
+      fn(ctx, omp_get_thread_num(), omp_get_num_threads());
+    } catch (...) {  // an exception must not leave the region
+      if (!failed.test_and_set()) failure = std::current_exception();
+    }
+  }
+  if (failure) std::rethrow_exception(failure);
 }
 
 }  // namespace detail

@@ -1,5 +1,6 @@
 // One team of threads for the whole process, shared with the GEMM library (both use the OpenMP runtime, so cores are
-// never oversubscribed). Call from one thread at a time; a nested call runs sequentially.
+// never oversubscribed). Call from one thread at a time; a nested call runs sequentially. If calls of f
+// throw, one of the exceptions reaches the caller after all threads are done.
 #pragma once
 
 #include <cstdint>
