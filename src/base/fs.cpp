@@ -33,7 +33,8 @@ std::string read_file(const std::string& path, uint64_t max_bytes) {
   struct stat st {};
   const int fd = open_for_read(path, st);
   std::string out;
-  if (S_ISREG(st.st_mode)) out.reserve(static_cast<size_t>(st.st_size));
+  const bool too_large = S_ISREG(st.st_mode) && static_cast<uint64_t>(st.st_size) > max_bytes;
+  if (S_ISREG(st.st_mode) && !too_large) out.reserve(static_cast<size_t>(st.st_size));
   char buf[1 << 16];
   for (;;) {
     const ssize_t n = ::read(fd, buf, sizeof buf);
@@ -45,7 +46,7 @@ std::string read_file(const std::string& path, uint64_t max_bytes) {
     }
     if (n == 0) break;
     out.append(buf, static_cast<size_t>(n));
-    if (out.size() > max_bytes) {
+    if (too_large || out.size() > max_bytes) {
       ::close(fd);
       throw Error(path, fmt::format("at most {} bytes", max_bytes), "a larger file", "");
     }

@@ -28,7 +28,10 @@ static Json parse_checked(std::string_view text, const std::string& where) {
   try {
     return Json::parse(text);
   } catch (const nlohmann::json::exception& e) {
-    throw Error(where, "valid JSON in UTF-8", e.what());
+    std::string reason = e.what();  // "[json.exception...] parse error at line 1, column 8: ... last read: <text>"
+    reason.erase(0, reason.find("] ") == std::string::npos ? 0 : reason.find("] ") + 2);
+    if (reason.size() > 200) reason = reason.substr(0, 200) + "...";
+    throw Error(where, "valid JSON in UTF-8", reason);
   }
 }
 

@@ -83,7 +83,9 @@ static int run(int argc, char** argv) {
 }  // namespace mm
 
 int main(int argc, char** argv) {
+  // A closed pipe and a file past the size limit are failed writes with a message, not silent ends.
   std::signal(SIGPIPE, SIG_IGN);
+  std::signal(SIGXFSZ, SIG_IGN);
   try {
     return mm::run(argc, argv);
   } catch (const std::bad_alloc&) {

@@ -169,6 +169,7 @@ TABLE = [
     ("model_is_a_file", "ppl", path("model", "/etc/hostname"), "/etc/hostname"),
     ("no_config", "ppl", broken_model(files={"config.json": None}), "config.json"),
     ("config_not_json", "ppl", broken_model(files={"config.json": b"{oops"}), "config.json"),
+    ("config_long_token", "info", broken_model(files={"config.json": b'{"a": "' + b"x" * 100000}), "config.json"),
     ("config_empty", "info", broken_model(files={"config.json": b""}), "config.json"),
     ("config_deep", "info", broken_model(files={"config.json": b"[" * 100000}), "config.json"),
     ("config_bad_utf8", "info", broken_model(files={"config.json": b'{"model_type": "\xff"}'}), "config.json"),
@@ -356,8 +357,7 @@ def test_disk_is_full(command, good, tmp_path):
     long_ids = ids(value=np.ones((4, 200), np.int32)) if command == "logits" else {}
     args = arguments(command, good, tmp_path, long_ids)
     before = tree(tmp_path)
-    run = minimind(*args, restore_signals=False,  # SIGXFSZ stays ignored, so write() returns an error
-                   preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)))
+    run = minimind(*args, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)))
     assert_refused(run, str(tmp_path))
     left = {name for name, content in tree(tmp_path).items() if content is not None} - before.keys()
     assert not [name for name in left if name.endswith((".safetensors", "tokenizer.json", ".tmp")) or ".tmp" in name], left
