@@ -4,13 +4,13 @@
 #include <cmath>
 #include <cstring>
 #include <optional>
-#include <unordered_set>
 
 #include "base/error.h"
 #include "base/fs.h"
 #include "base/log.h"
 #include "base/rng.h"
 #include "data/dataset_file.h"
+#include "text/chat_template.h"
 
 namespace mm {
 
@@ -148,6 +148,10 @@ TokenDataset TokenDataset::build(const std::vector<std::string>& paths, const To
     throw Error(paths[0], "text rows or conversations", fmt::format("{} rows", kind_name(options.kind)));
   }
   SampleEncoder check(tokenizer, options);  // a tokenizer that does not suit is an Error before any work
+  if (options.kind == SampleKind::chat && !tokenizer.chat_template().empty() &&
+      tokenizer.chat_template() != minimind_chat_template()) {
+    log_warn("the tokenizer's chat template is not MiniMind's; conversations are rendered with MiniMind's");
+  }
   const uint64_t key = cache_key(paths, tokenizer, options);
   const std::string cache = cache_dir.empty() ? "" : path_join(cache_dir, fmt::format("{:016x}.tokens", key));
 
@@ -206,6 +210,7 @@ TokenDataset::TokenDataset(std::shared_ptr<const Store> store, std::shared_ptr<c
     : store_(std::move(store)), subset_(std::move(subset)) {
   const DatasetFooter& f = store_->sections.footer;
   fingerprint_ = f.content_hash;
+  MM_CHECK(rows() < (int64_t{1} << 32), "{} rows", rows());
   for (int64_t i = 0; i < rows(); i++) max_row_len_ = std::max(max_row_len_, row_len(i));
   if (!subset_) {
     tokens_ = static_cast<int64_t>(f.tokens);

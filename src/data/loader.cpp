@@ -84,12 +84,9 @@ struct BatchLoader::Impl {
 
   Impl(const TokenDataset& d, const LoaderOptions& o) : data(d), options(o) {}
 
-  PackOptions pack_options() const {
-    return {options.batch_size, options.seq_len, options.packed, options.shuffle, options.seed};
-  }
   void require_plan(int64_t epoch) {
     if (plan_epoch_number == epoch) return;
-    plan = plan_epoch(row_len, pack_options(), epoch);
+    plan = plan_epoch(row_len, options, epoch);
     plan_epoch_number = epoch;
   }
 
@@ -202,7 +199,7 @@ void BatchLoader::seek(const LoaderCursor& cursor) {
 
 int64_t BatchLoader::batches_per_epoch() const { return impl_->first_epoch_batches; }
 int64_t BatchLoader::batches_in_epoch(int64_t epoch) const {
-  return epoch == 0 ? impl_->first_epoch_batches : plan_epoch(impl_->row_len, impl_->pack_options(), epoch).batches();
+  return epoch == 0 ? impl_->first_epoch_batches : plan_epoch(impl_->row_len, impl_->options, epoch).batches();
 }
 int64_t BatchLoader::epoch_of_last() const { return impl_->last_epoch; }
 

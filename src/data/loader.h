@@ -12,13 +12,6 @@
 
 namespace mm {
 
-struct LoaderOptions {
-  int64_t batch_size = 32, seq_len = 512;
-  bool packed = true, shuffle = true;
-  uint64_t seed = 42;
-  int32_t pad_id = 0;  // padded mode only
-};
-
 // A place in the endless sequence of batches.
 struct LoaderCursor {
   int64_t epoch = 0, index = 0;  // index: batches of this epoch already given

@@ -9,7 +9,7 @@
 
 namespace mm {
 
-static std::vector<uint32_t> epoch_order(size_t n, const PackOptions& o, int64_t epoch) {
+static std::vector<uint32_t> epoch_order(size_t n, const LoaderOptions& o, int64_t epoch) {
   std::vector<uint32_t> order(n);
   std::iota(order.begin(), order.end(), 0u);
   if (!o.shuffle) return order;
@@ -76,7 +76,7 @@ class Window {
 
 }  // namespace
 
-EpochPlan plan_epoch(const std::vector<int32_t>& row_len, const PackOptions& o, int64_t epoch) {
+EpochPlan plan_epoch(const std::vector<int32_t>& row_len, const LoaderOptions& o, int64_t epoch) {
   MM_CHECK(o.batch_size > 0 && o.seq_len > 0);
   const std::vector<uint32_t> order = epoch_order(row_len.size(), o, epoch);
   EpochPlan plan;

@@ -6,10 +6,11 @@
 
 namespace mm {
 
-struct PackOptions {
+struct LoaderOptions {
   int64_t batch_size = 32, seq_len = 512;
   bool packed = true, shuffle = true;
   uint64_t seed = 42;
+  int32_t pad_id = 0;  // padded mode only
 };
 
 struct EpochPlan {
@@ -22,6 +23,6 @@ struct EpochPlan {
 // of a batch is filled with the longest rows that fit out of the next pack_window ones, so little is lost. The oldest
 // waiting row always opens the next batch. padded: batch_size rows a batch. The last batch of an epoch may be smaller.
 inline constexpr int64_t pack_window = 1024;
-EpochPlan plan_epoch(const std::vector<int32_t>& row_len, const PackOptions& options, int64_t epoch);
+EpochPlan plan_epoch(const std::vector<int32_t>& row_len, const LoaderOptions& options, int64_t epoch);
 
 }  // namespace mm

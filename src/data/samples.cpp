@@ -62,7 +62,8 @@ std::vector<std::string> render_sample(const Sample& s, const SampleOptions& o, 
   if (!s.has_tools && messages[0].value("role", ordered_json()) != "system" &&
       to_unit_float(draw[0]) < o.system_ratio) {
     const auto& prompts = minimind_system_prompts();
-    messages.insert(messages.begin(), {{"role", "system"}, {"content", prompts[draw[1] * prompts.size() >> 32]}});
+    ordered_json system = {{"role", "system"}, {"content", prompts[draw[1] * prompts.size() >> 32]}};
+    messages.insert(messages.begin(), std::move(system));
   }
   ChatOptions chat;
   if (s.kind == SampleKind::prompt) {
