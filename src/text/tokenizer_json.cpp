@@ -11,7 +11,7 @@ namespace mm {
 
 namespace {
 
-constexpr int64_t kMaxId = 10'000'000;  // bounds what a hostile file can make us allocate
+constexpr int64_t kMaxId = 1'000'000;  // bounds what a hostile file can make us allocate
 
 // Typed access to sorted objects; `where` ends as "file: model.vocab".
 struct Node {
@@ -187,7 +187,7 @@ void read_config(const Node& config, Ids& ids, TokenizerSpec& spec) {
     if (!decoder.value->is_object()) throw Error(decoder.where, "an object of id: token", decoder.type());
     for (const auto& [key, value] : decoder.value->items()) {
       const Node n{&value, decoder.where + "[" + key + "]"};
-      if (key.empty() || key.size() > 7 ||
+      if (key.empty() || key.size() > 6 ||
           !std::all_of(key.begin(), key.end(), [](char c) { return c >= '0' && c <= '9'; })) {
         throw Error(n.where, "a token id as the key", "\"" + key + "\"");
       }

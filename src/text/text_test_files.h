@@ -1,0 +1,41 @@
+// Where the tests of this folder find their files.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <fstream>
+#include <string>
+#include <vector>
+
+#include "base/error.h"
+#include "base/fs.h"
+#include "base/json.h"
+
+namespace mm {
+
+inline const std::string kShared = std::string(MM_SOURCE_DIR) + "/../shared";
+inline const std::string kGolden = std::string(MM_SOURCE_DIR) + "/tests/golden/tokenizer";
+
+inline std::vector<ordered_json> json_lines(const std::string& path, size_t at_most = SIZE_MAX) {
+  std::ifstream in(path);
+  EXPECT_TRUE(in) << path;
+  std::vector<ordered_json> rows;
+  for (std::string line; rows.size() < at_most && std::getline(in, line);) rows.push_back(parse_json(line, path));
+  return rows;
+}
+
+// The message of the Error that f throws, or "" if it throws none.
+template <class F>
+std::string error_of(F&& f) {
+  try {
+    f();
+  } catch (const Error& e) {
+    return e.what();
+  }
+  return "";
+}
+
+}  // namespace mm
+
+#define MM_REQUIRE_SHARED() \
+  if (!mm::dir_exists(mm::kShared)) GTEST_SKIP() << "NOT CHECKED against the oracle: " << mm::kShared << " is missing"
