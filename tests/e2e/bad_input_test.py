@@ -285,13 +285,18 @@ def good(tmp_path_factory, corpus, chats, tokenizer_dir):
 
 def arguments(command, good, tmp, broken):
     parts = {**good, "out": tmp / "out"}
-    extra = ""
+    extra = []
     for key, make in broken.items():
         if key == "+":
-            extra = f" {make(tmp, good)}"
+            extra = make(tmp, good).split()
         else:
             parts[key] = make(tmp, good)
-    return (COMMANDS[command].format(**parts) + extra).split()
+    args = COMMANDS[command].format(**parts).split()
+    if extra and extra[0] in args:  # replaces the flag that is there
+        at = args.index(extra[0])
+        args[at:at + 2] = extra
+        return args
+    return args + extra
 
 
 def tree(folder):
