@@ -1,8 +1,6 @@
 #include "data/sample_stream.h"
 
-#include <exception>
 #include <memory>
-#include <mutex>
 
 #include "base/error.h"
 #include "base/log.h"
@@ -52,19 +50,11 @@ void stream_samples(const std::vector<std::string>& paths, const Tokenizer* toke
     for (bool more = true; more;) {
       size_t n = 0;
       while (n < n_chunks && (more = readers[file].next(chunks[n]))) n++;
-      std::exception_ptr failure;  // anything but a bad row, such as no memory
-      std::mutex failure_lock;
       parallel_dynamic(static_cast<int64_t>(n), [&](int64_t i, int thread) {
-        const size_t k = static_cast<size_t>(i);
-        try {
-          process_chunk(chunks[k], static_cast<int64_t>(file), parsers[static_cast<size_t>(thread)], encoder.get(),
-                        options, results[k]);
-        } catch (...) {
-          const std::lock_guard lock(failure_lock);
-          failure = std::current_exception();
-        }
+        const auto k = static_cast<size_t>(i);
+        process_chunk(chunks[k], static_cast<int64_t>(file), parsers[static_cast<size_t>(thread)], encoder.get(),
+                      options, results[k]);
       });
-      if (failure) std::rethrow_exception(failure);
       for (size_t k = 0; k < n; k++) {
         for (StreamedRow& row : results[k]) sink(row);
         rows += static_cast<int64_t>(results[k].size());
