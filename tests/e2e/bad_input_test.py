@@ -225,8 +225,8 @@ TABLE = [
     ("data_bad_role", "sft", data(b'{"conversations": [{"role": 5, "content": "x"}]}\n', key="chats"), "bad.jsonl.*1"),
     ("data_no_turns", "sft", data(b'{"conversations": []}\n', key="chats"), "bad.jsonl.*1"),
     ("gzip_cut", "pretrain", data(gzip.compress(GOOD_LINE * 5000)[:-20], "bad.jsonl.gz"), "bad.jsonl.gz"),
-    ("gzip_not", "pretrain", data(GOOD_LINE, "bad.jsonl.gz"), "bad.jsonl.gz"),
-    ("zstd_not", "pretrain", data(GOOD_LINE, "bad.jsonl.zst"), "bad.jsonl.zst"),
+    ("gzip_damaged", "pretrain", data(b"\x1f\x8b\x08\x00" + bytes(range(200)), "bad.jsonl.gz"), "bad.jsonl.gz"),
+    ("zstd_damaged", "pretrain", data(b"\x28\xb5\x2f\xfd" + bytes(range(200)), "bad.jsonl.zst"), "bad.jsonl.zst"),
     # tensors of ids, prompts
     ("ids_missing", "logits", ids(name="tokens"), "input_ids"),
     ("ids_float", "logits", ids(value=np.ones((1, 3), np.float32)), "input_ids"),
