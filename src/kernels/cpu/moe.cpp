@@ -47,7 +47,8 @@ void moe_route_bwd(float* dlogits, const float* dweights, const float* daux, con
       std::memcpy(dp, daux, static_cast<size_t>(n_expert) * sizeof(float));
       float sum = 1e-20f, weighted = 0;
       for (int j = 0; j < top_k; j++) sum += p[chosen[j]], weighted += dw[j] * p[chosen[j]];
-      for (int j = 0; j < top_k; j++) dp[chosen[j]] += norm ? dw[j] / sum - weighted / (sum * sum) : dw[j];
+      weighted /= sum;  // mean of dw under the weights: for top_k = 1 the difference below is exactly 0
+      for (int j = 0; j < top_k; j++) dp[chosen[j]] += norm ? (dw[j] - weighted) / sum : dw[j];
       const float inner = simd().dot(p, dp, n_expert);
       for (int e = 0; e < n_expert; e++) dp[e] = p[e] * (dp[e] - inner);
     }

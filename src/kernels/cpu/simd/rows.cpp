@@ -114,9 +114,9 @@ void swiglu_bwd(float* dgate_up, const float* dact, const float* gate_up, int64_
     float *dg = dgate_up + t * 2 * f, *du = dg + f;
 #pragma omp simd
     for (int64_t i = 0; i < f; i++) {
-      const float s = sigmoid_f32(g[i]);
-      du[i] = da[i] * g[i] * s;
-      dg[i] = da[i] * u[i] * s * (1.0f + g[i] * (1.0f - s));
+      const float gi = g[i], ui = u[i], s = sigmoid_f32(gi);  // read before writing: dgate_up may be gate_up itself
+      du[i] = da[i] * gi * s;
+      dg[i] = da[i] * ui * s * (1.0f + gi * (1.0f - s));
     }
   }
 }
