@@ -61,9 +61,7 @@ std::string read_data_line(const std::string& path, int64_t number) {
   JsonlReader reader(path);
   JsonlChunk chunk;
   std::string found;
-  int64_t last = 0;
-  while (found.empty() && last < number && reader.next(chunk)) {
-    last = chunk.first_line + std::count(chunk.bytes.begin(), chunk.bytes.end(), '\n');
+  while (found.empty() && reader.next(chunk) && chunk.first_line <= number) {
     for_each_line(chunk, [&](int64_t n, std::string_view line) {
       if (n == number) found = line;
     });
