@@ -43,7 +43,7 @@ function(mm_kernels)
   target_include_directories(mm_kernels PUBLIC src)
   target_link_libraries(mm_kernels PUBLIC mm_tensor mm_prof mm_base PRIVATE DNNL::dnnl)
   if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
-    target_compile_definitions(mm_kernels PRIVATE MM_X86)
+    target_compile_definitions(mm_kernels PUBLIC MM_X86)
   endif()
 endfunction()
 

@@ -4,6 +4,7 @@
 // Floor: 2 m n k operations; fp32 sgemm measured 570-700 GFLOP/s of about 700 on 4 Sapphire Rapids cores for the
 // model's shapes, bf16 2.4-4.7 TFLOP/s with AMX. Packed weights (format tag any) were tried and lost here: the reorder
 // costs what the kernel gains when weights change every step.
+#include <algorithm>
 #include <dnnl.hpp>
 #include <map>
 #include <mutex>
@@ -61,11 +62,16 @@ class Bf16Matmul {
   dnnl::matmul matmul_;
 };
 
+// oneDNN 2.6 to 2.7 dies of an illegal instruction, or gives wrong sums, in AMX products of 63 terms (oneDNN issue
+// 1661; of 1 to 300 terms only 63 fails). Weights of that width take the fp32 path; token counts are padded, see
+// linear_bwd.
+constexpr int64_t broken_k = 63;
+
 void bf16_gemm(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k, const uint16_t* a, const uint16_t* b,
                float* c, int64_t ldc, bool accumulate) {
-  using Key = std::tuple<bool, bool, int64_t, int64_t, int64_t, int64_t, bool>;
+  using Key = std::tuple<int, bool, bool, int64_t, int64_t, int64_t, int64_t, bool>;
   static std::map<Key, Bf16Matmul> cache;  // ops are issued by one thread
-  const Key key{trans_a, trans_b, m, n, k, ldc, accumulate};
+  const Key key{num_threads(), trans_a, trans_b, m, n, k, ldc, accumulate};
   auto it = cache.find(key);
   if (it == cache.end()) {
     if (cache.size() >= 4096) cache.clear();
@@ -105,7 +111,7 @@ void linear_fwd(float* y, int64_t ldy, const float* x, int64_t ldx, const float*
         for (int64_t t = 0; t < m; t++) simd().gemv(y + t * ldy + r, w + r * k, x + t * ldx, rows, k, accumulate);
       }
     });
-  } else if (bf16) {
+  } else if (bf16 && k != broken_k) {
     uint16_t *xb = bf16_scratch(0, m * k), *wb = bf16_scratch(1, n * k);
     convert_rows(xb, x, ldx, m, k);
     convert_rows(wb, w, k, n, k);
@@ -120,12 +126,13 @@ void linear_fwd(float* y, int64_t ldy, const float* x, int64_t ldx, const float*
 void linear_bwd(float* dx, int64_t lddx, float* dw, const float* dy, int64_t lddy, const float* x, int64_t ldx,
                 const float* w, int64_t m, int64_t n, int64_t k, bool accumulate_dx, bool bf16) {
   if (m == 0) return;
-  if (!bf16) {
+  if (!bf16 || n == broken_k) {
     if (dx != nullptr) sgemm(false, false, m, k, n, 1.0f, dy, lddy, w, k, accumulate_dx ? 1.0f : 0.0f, dx, lddx);
     if (dw != nullptr) sgemm(true, false, n, k, m, 1.0f, dy, lddy, x, ldx, 1.0f, dw, k);
     return;
   }
-  uint16_t* dyb = bf16_scratch(0, m * n);
+  const int64_t padded = (m + 63) / 64 * 64;  // zero rows: dw needs one product for all token counts up to it
+  uint16_t* dyb = bf16_scratch(0, padded * n);
   convert_rows(dyb, dy, lddy, m, n);
   if (dx != nullptr) {
     uint16_t* wb = bf16_scratch(1, n * k);
@@ -135,10 +142,11 @@ void linear_bwd(float* dx, int64_t lddx, float* dw, const float* dy, int64_t ldd
     });
   }
   if (dw != nullptr) {
-    uint16_t* xb = bf16_scratch(1, m * k);
+    uint16_t* xb = bf16_scratch(1, padded * k);
     convert_rows(xb, x, ldx, m, k);
-    for_row_blocks(
-        m, [&](int64_t r, int64_t rows) { bf16_gemm(true, false, n, k, rows, dyb + r * n, xb + r * k, dw, k, true); });
+    std::fill_n(dyb + m * n, (padded - m) * n, uint16_t{0});
+    std::fill_n(xb + m * k, (padded - m) * k, uint16_t{0});
+    bf16_gemm(true, false, n, k, padded, dyb, xb, dw, k, true);
   }
 }
 
