@@ -22,14 +22,14 @@ std::string addition_columns(bool zh, int a, int b) {
   return s + text("={}", tens);
 }
 
+// "个位13-8=5，借1；十位6-1=5，5-2=3" / "ones 13-8=5, borrow 1; tens 6-1=5, 5-2=3": one operation at a time. (Written
+// as 6-1-2=3 a tenth to a quarter of the two-step sums went wrong here.)
 std::string subtraction_columns(bool zh, int a, int b) {
-  const bool borrow = a % 10 < b % 10;
-  const int ones = a % 10 + (borrow ? 10 : 0);
+  const int borrow = a % 10 < b % 10 ? 1 : 0, ones = a % 10 + 10 * borrow, tens = a / 10 - borrow;
   std::string s = text(zh ? "个位{}-{}={}" : "ones {}-{}={}", ones, b % 10, ones - b % 10);
-  if (borrow) s += zh ? "，借1" : ", borrow 1";
-  s += text(zh ? "；十位{}-{}" : "; tens {}-{}", a / 10, b / 10);
-  if (borrow) s += "-1";
-  return s + text("={}", a / 10 - b / 10 - (borrow ? 1 : 0));
+  if (borrow) s += text(zh ? "，借1；十位{}-1={}，" : ", borrow 1; tens {}-1={}, ", a / 10, tens);
+  else s += zh ? "；十位" : "; tens ";
+  return s + text("{}-{}={}", tens, b / 10, tens - b / 10);
 }
 
 const std::vector<std::string> kZhNames{"小明", "小红", "小华", "小丽", "小刚", "爸爸", "妈妈", "老师", "爷爷", "小猫"};
@@ -199,7 +199,7 @@ ToolUse calculator_use(Rng& rng, bool zh) {
   use.question = text(pick(rng, zh ? zh_forms : en_forms), a, op, b);
   use.expression = text("{}{}{}", a, op, b);
   use.result = result;
-  use.answer = zh ? text("{}={}。", use.expression, result) : text("{} = {}.", use.expression, result);
+  use.answer = text(zh ? "计算结果是{}。" : "The result is {}.", result);
   return use;
 }
 
