@@ -14,6 +14,7 @@ class BpeMerger {
   struct Merge {
     int32_t left, right, result;
   };
+  static constexpr size_t kMaxMerges = (size_t{1} << 23) - 1;  // so that rank * 256 + position fits 31 bits
   // merges in rank order (of equal pairs the last counts); byte_ids: the token of each single byte.
   BpeMerger(const std::vector<Merge>& merges, const std::array<int32_t, 256>& byte_ids);
 
@@ -21,17 +22,17 @@ class BpeMerger {
   void encode_word(std::string_view word, std::vector<int32_t>& ids) const;
 
  private:
-  struct Found {
-    int32_t rank, result;
+  struct Slot {
+    uint64_t key;
+    int32_t rank;
   };
-  const Found* find(int32_t left, int32_t right) const;
   int32_t rank_of(int32_t left, int32_t right) const;
   void encode_short(std::string_view word, std::vector<int32_t>& ids) const;
   void encode_long(std::string_view word, std::vector<int32_t>& ids) const;
 
   std::array<int32_t, 256> byte_ids_;
-  std::vector<uint64_t> keys_;  // open addressing, load at most a half
-  std::vector<Found> found_;
+  std::vector<Slot> slots_;       // pair -> rank; open addressing, load at most a half
+  std::vector<int32_t> results_;  // by rank
   uint64_t mask_ = 0;
   int shift_ = 0;
 };

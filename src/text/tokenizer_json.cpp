@@ -101,6 +101,10 @@ void set_token(TokenizerSpec& spec, Ids& ids, const std::string& content, int32_
 
 void read_merges(const Node& list, const Ids& ids, TokenizerSpec& spec) {
   if (!list.value->is_array()) throw Error(list.where, "a list", list.type());
+  if (list.value->size() > BpeMerger::kMaxMerges) {
+    throw Error(list.where, fmt::format("at most {} merges", BpeMerger::kMaxMerges),
+                std::to_string(list.value->size()));
+  }
   spec.merges.reserve(list.value->size());
   const auto id_of = [&](const std::string& token, size_t i) {
     const auto it = ids.find(token);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <numeric>
 
+#include "base/progress.h"
 #include "text/unicode.h"
 
 namespace mm {
@@ -46,7 +47,10 @@ TokenizerStats::TokenizerStats(Tokenizer tokenizer)
     : tokenizer_(std::move(tokenizer)), counts_(static_cast<size_t>(tokenizer_.vocab_size()), 0) {}
 
 void TokenizerStats::add(const std::vector<std::string_view>& texts) {
-  for (const auto& ids : tokenizer_.encode_batch(texts)) {
+  const double start = now_seconds();
+  const auto encoded = tokenizer_.encode_batch(texts);
+  encode_seconds_ += now_seconds() - start;
+  for (const auto& ids : encoded) {
     tokens_ += static_cast<int64_t>(ids.size());
     for (const int32_t id : ids) counts_[static_cast<size_t>(id)]++;
   }
@@ -95,16 +99,19 @@ ordered_json TokenizerStats::usage() const {
   for (size_t id = 0; id < counts_.size() && list.size() < 50; id++) {
     if (counts_[id] == 0) list.push_back(id);
   }
-  return {{"bytes", bytes_},
-          {"characters", characters_},
-          {"tokens", tokens_},
-          {"bytes_per_token", ratio(bytes_, tokens_)},
-          {"tokens_per_character", ratio(tokens_, characters_)},
-          {"zh_share", ratio(zh_bytes_, bytes_)},
-          {"en_share", ratio(en_bytes_, bytes_)},
-          {"used_ids", static_cast<int64_t>(counts_.size()) - unused},
-          {"unused_ids", unused},
-          {"unused", list}};
+  return {
+      {"bytes", bytes_},
+      {"characters", characters_},
+      {"tokens", tokens_},
+      {"bytes_per_token", ratio(bytes_, tokens_)},
+      {"tokens_per_character", ratio(tokens_, characters_)},
+      {"zh_share", ratio(zh_bytes_, bytes_)},
+      {"en_share", ratio(en_bytes_, bytes_)},
+      {"used_ids", static_cast<int64_t>(counts_.size()) - unused},
+      {"unused_ids", unused},
+      {"unused", list},
+      {"encode_seconds", encode_seconds_},
+      {"encode_mib_per_second", encode_seconds_ > 0 ? static_cast<double>(bytes_) / 1048576.0 / encode_seconds_ : 0.0}};
 }
 
 }  // namespace mm
