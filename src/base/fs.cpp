@@ -55,7 +55,7 @@ std::string read_file(const std::string& path, uint64_t max_bytes) {
   return out;
 }
 
-static void fsync_dir(const std::string& dir) {
+void fsync_dir(const std::string& dir) {
   const int fd = ::open(dir.empty() ? "." : dir.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
   if (fd < 0) return;
   ::fsync(fd);

@@ -69,6 +69,7 @@ class MappedFile {
   size_t size_ = 0;
 };
 
+void fsync_dir(const std::string& dir);  // makes renames in it durable; a folder that cannot be opened is passed over
 bool file_exists(const std::string& path);
 bool dir_exists(const std::string& path);
 std::string path_join(const std::string& a, const std::string& b);

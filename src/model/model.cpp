@@ -60,31 +60,35 @@ std::unique_ptr<Model> Model::load(const std::string& dir) {
                 file_exists(dir) ? "a file" : "nothing there");
   const std::string config_path = path_join(dir, "config.json");
   ModelConfig config = ModelConfig::from_json(load_json(config_path), config_path);
-  const SafetensorsFolder files = SafetensorsFolder::open(dir);
   // MiniMind's own config does not say whether its generation has qk-norm; the file does.
   if (config.architecture == "MiniMindForCausalLM") {
-    config.qk_norm = files.find("model.layers.0.self_attn.q_norm.weight") != nullptr;
+    config.qk_norm = SafetensorsFolder::open(dir).find("model.layers.0.self_attn.q_norm.weight") != nullptr;
     // Same computation under the name that other tools know, where there is one.
     if (!config.is_moe()) config.architecture = config.qk_norm ? "Qwen3ForCausalLM" : "LlamaForCausalLM";
     else if (config.qk_norm && config.n_shared_experts == 0) config.architecture = "Qwen3MoeForCausalLM";
   }
   auto model = std::make_unique<Model>(config);
+  model->read_weights(dir);
+  return model;
+}
+
+void Model::read_weights(const std::string& dir) {
+  const SafetensorsFolder files = SafetensorsFolder::open(dir);
   std::set<std::string> used;
-  for (const ParamSpec& spec : model->table.specs()) {
-    const View dst = model->weights.view(spec);
+  for (const ParamSpec& spec : table.specs()) {
+    const View dst = weights.view(spec);
     if (files.find(spec.hf_name) == nullptr && read_stacked_expert(files, spec, dst, used)) continue;
     files.at(spec.hf_name, spec.shape).read_floats(dst);
     used.insert(spec.hf_name);
   }
   for (const std::string& name : files.names()) {
-    const bool known_extra = name == "lm_head.weight" || name.ends_with("rotary_emb.inv_freq") || name == "freqs_cos" ||
-                             name == "freqs_sin" || name == "model.freqs_cos" || name == "model.freqs_sin";
+    const bool known_extra = name == "lm_head.weight" || name.ends_with("rotary_emb.inv_freq") ||
+                             name.ends_with("freqs_cos") || name.ends_with("freqs_sin");
     if (used.count(name) == 0 && !known_extra) {
       throw Error(fmt::format("{}: tensor \"{}\"", dir, name), "only tensors that config.json calls for", "this one",
                   "check that config.json belongs to these weights");
     }
   }
-  return model;
 }
 
 void Model::save(const std::string& dir, DType dtype) const {

@@ -28,6 +28,8 @@ struct Model {
   // HF folder (config.json + safetensors, sharded or not), names of transformers or of MiniMind. Error on missing,
   // misshapen or unknown tensors.
   static std::unique_ptr<Model> load(const std::string& dir);
+  // The weights of a folder whose config has this shape, into this model; same Errors as load.
+  void read_weights(const std::string& dir);
   // Writes config.json, generation_config.json and model.safetensors (fp32, or f16/bf16); not the tokenizer.
   void save(const std::string& dir, DType dtype = DType::f32) const;
 };

@@ -1,0 +1,13 @@
+// What this machine can do at most, measured in a fraction of a second: the limits that reports hold numbers against.
+#pragma once
+
+#include "tensor/device.h"
+
+namespace mm {
+
+// Best of a few square matrix products in dev.matmul arithmetic, on all threads of the team. Operations a second.
+double measure_peak_flops(const Device& dev);
+// Best of a few triad passes (y = y + a x over buffers larger than the caches): bytes read and written a second.
+double measure_bandwidth(const Device& dev);
+
+}  // namespace mm

@@ -1,0 +1,72 @@
+#include "train/sentry.h"
+
+#include <cmath>
+
+namespace mm {
+
+// Index of the first NaN or infinity of a dense view, -1 if none.
+static int64_t first_bad(const View& v) {
+  if (!v) return -1;
+  const float* p = v.f32();
+  for (int64_t i = 0; i < v.numel(); i++) {
+    if (!std::isfinite(p[i])) return i;
+  }
+  return -1;
+}
+
+static std::string bad_rows(const TokenBatch& batch, const TokenDataset& data, int64_t token) {
+  for (int64_t s = 0; s < batch.n_seq(); s++) {
+    if (token < batch.cu_seqlens[static_cast<size_t>(s) + 1]) {
+      const bool known = s < static_cast<int64_t>(batch.sample.size());
+      return fmt::format(
+          "token {} of {}", token - batch.cu_seqlens[static_cast<size_t>(s)],
+          known ? data.source_text(batch.sample[static_cast<size_t>(s)]) : fmt::format("sequence {}", s));
+    }
+  }
+  return "an unknown sample";
+}
+
+static std::string bad_activation(const Activations& acts, const TokenBatch& batch, const TokenDataset& data) {
+  const auto describe = [&](const View& v, const std::string& name) {
+    const int64_t i = first_bad(v);
+    return i < 0 ? std::string() : fmt::format("activation {}, first at {}", name, bad_rows(batch, data, i / v.cols()));
+  };
+  for (size_t l = 0; l < acts.layers.size(); l++) {
+    const LayerActs& a = acts.layers[l];
+    const std::pair<const View*, const char*> order[] = {
+        {&a.x_in, "input"}, {&a.qkv, "qkv"}, {&a.attn, "attention output"}, {&a.x_mid, "residual after attention"}};
+    for (const auto& [view, what] : order) {
+      if (const std::string s = describe(*view, fmt::format("layer {} {}", l, what)); !s.empty()) return s;
+    }
+    const View ffn = a.gate_up;
+    if (a.scores) {
+      if (const std::string s = describe(a.scores, fmt::format("layer {} router scores", l)); !s.empty()) return s;
+    } else if (const std::string s = describe(ffn, fmt::format("layer {} gate and up", l)); !s.empty()) {
+      return s;
+    }
+  }
+  if (const std::string s = describe(acts.x_out, "residual after the last layer"); !s.empty()) return s;
+  return describe(acts.h, "final norm");
+}
+
+std::string explain_non_finite(const Device& dev, Model& model, TrainStep& step,
+                               const std::vector<TokenBatch>& micro_batches, const TokenDataset& data) {
+  for (const ParamSpec& spec : model.table.specs()) {
+    const int64_t i = first_bad(model.weights.view(spec));
+    if (i >= 0) return fmt::format("weight {} at element {}", spec.hf_name, i);
+  }
+  for (const TokenBatch& batch : micro_batches) {
+    forward(dev, model, batch, step.activations());
+    if (const std::string s = bad_activation(step.activations(), batch, data); !s.empty()) return s;
+    std::vector<float> logp(batch.targets.size());
+    step.head().logprob(dev, model, step.activations().h, batch.targets, logp.data());
+    const int64_t i = first_bad(View(logp.data(), DType::f32, {static_cast<int64_t>(logp.size()), 1}));
+    if (i >= 0) return "log-probability, first at " + bad_rows(batch, data, i);
+  }
+  for (const ParamSpec& spec : model.table.specs()) {
+    if (first_bad(step.gradients().view(spec)) >= 0) return "gradient of " + spec.hf_name;
+  }
+  return "the gradient norm (it overflows although every element is finite)";
+}
+
+}  // namespace mm

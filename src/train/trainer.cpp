@@ -1,0 +1,278 @@
+#include "train/trainer.h"
+
+#include <sys/resource.h>
+
+#include <cmath>
+
+#include "base/fs.h"
+#include "base/interrupt.h"
+#include "base/log.h"
+#include "base/progress.h"
+#include "kernels/machine.h"
+#include "model/cost.h"
+#include "model/nll.h"
+#include "train/checkpoint.h"
+#include "train/metrics.h"
+#include "train/sentry.h"
+
+namespace mm {
+
+NonFinitePolicy non_finite_policy_from_name(const std::string& name) {
+  if (name == "stop") return NonFinitePolicy::stop;
+  if (name == "skip") return NonFinitePolicy::skip;
+  if (name == "rollback") return NonFinitePolicy::rollback;
+  throw Error("--on-nan", "stop, skip or rollback", name);
+}
+
+namespace {
+
+int64_t peak_memory_bytes() {
+  rusage usage{};
+  getrusage(RUSAGE_SELF, &usage);
+  return int64_t{usage.ru_maxrss} * 1024;
+}
+
+int64_t planned_steps(const TrainOptions& o, const BatchLoader& loader) {
+  if (o.max_steps > 0) return o.max_steps;
+  double batches = 0;
+  for (int64_t e = 0; static_cast<double>(e) < o.epochs; e++) {
+    batches += std::min(1.0, o.epochs - static_cast<double>(e)) * static_cast<double>(loader.batches_in_epoch(e));
+  }
+  return std::max<int64_t>(1,
+                           static_cast<int64_t>(std::ceil(batches / static_cast<double>(o.accumulation_steps) - 1e-9)));
+}
+
+// What must be equal for a resumed run to be the same run.
+ordered_json run_identity(const TrainOptions& o, int64_t total_steps, const TokenDataset& train) {
+  return {{"data", fmt::format("{:016x}", train.fingerprint())},
+          {"batch_size", o.loader.batch_size},
+          {"seq_len", o.loader.seq_len},
+          {"packed", o.loader.packed},
+          {"accumulation_steps", o.accumulation_steps},
+          {"seed", o.seed},
+          {"total_steps", total_steps},
+          {"schedule", schedule_kind_name(o.schedule.kind)},
+          {"lr", o.schedule.base_lr},
+          {"warmup_steps", o.schedule.warmup_steps},
+          {"weight_decay", o.optimizer.weight_decay},
+          {"grad_clip", o.optimizer.grad_clip},
+          {"matmul", dtype_name(o.device.matmul)}};
+}
+
+void require_same_run(const ordered_json& saved, const ordered_json& now, const std::string& dir) {
+  for (const auto& [key, value] : now.items()) {
+    const auto it = saved.find(key);
+    if (it != saved.end() && *it != value) {
+      throw Error(fmt::format("{}: {}", dir, key), it->dump() + " as when the run began", value.dump(),
+                  "pass the same flags and data, or start a new run");
+    }
+  }
+}
+
+// The state of one run; train_model drives it.
+class Run {
+ public:
+  Run(const TrainOptions& o, Model& model, const Tokenizer& tokenizer, const TokenDataset& train,
+      const std::optional<TokenDataset>& valid)
+      : o_(o),
+        model_(model),
+        tokenizer_(tokenizer),
+        data_(train),
+        valid_(valid),
+        loader_(train, o.loader),
+        spike_(o.spike),
+        total_(planned_steps(o, loader_)),
+        schedule_(o.schedule),
+        step_(model, o.device, o.optimizer, max_tok(), o.seed) {
+    schedule_.total_steps = total_;
+    check_schedule(schedule_);
+  }
+
+  TrainResult run() {
+    print_plan();
+    resume();
+    Metrics metrics(o_.output, done_);
+    if (valid_ && done_ == 0) {
+      result_.valid_nll_before = validate("validation before");
+      metrics.log(0, {{"valid/nll", *result_.valid_nll_before}, {"valid/ppl", std::exp(*result_.valid_nll_before)}});
+    }
+    const double peak = measure_peak_flops(o_.device);
+    const double flops = train_flops_per_token(
+        model_.config, static_cast<double>(data_.tokens()) / static_cast<double>(std::max<int64_t>(1, data_.rows())));
+    InterruptGuard guard;
+    Progress bar(o_.title, total_, "steps");
+    double paused = 0;
+    const double start = now_seconds();
+    while (done_ < total_ && !InterruptGuard::requested()) {
+      const double t0 = now_seconds();
+      const StepResult r = one_step();
+      const double seconds = now_seconds() - t0;
+      result_.tokens += r.tokens;
+      result_.loss = r.loss;
+      const double lr = lr_at(schedule_, done_);
+      metrics.log(done_, {{"train/loss", r.loss},
+                          {"train/aux_loss", r.aux_loss},
+                          {"train/lr", lr},
+                          {"train/grad_norm", r.grad_norm},
+                          {"train/tokens", static_cast<double>(tokens_seen_)},
+                          {"train/tokens_per_second", static_cast<double>(r.tokens) / seconds},
+                          {"train/skipped", static_cast<double>(skipped_)}});
+      const double speed = static_cast<double>(result_.tokens) / (now_seconds() - start - paused);
+      result_.share_of_peak = speed * flops / peak;
+      bar.rate_units(result_.tokens, "tok");
+      bar.set(done_, fmt::format("loss {:.4f} lr {:.2e} peak {:.0f}% mem {}", r.loss, lr, 100 * result_.share_of_peak,
+                                 human_bytes(static_cast<double>(peak_memory_bytes()))));
+      const double t1 = now_seconds();
+      if (valid_ && o_.eval_every > 0 && done_ % o_.eval_every == 0 && done_ < total_) record_validation(metrics);
+      if (o_.save_every > 0 && done_ % o_.save_every == 0 && done_ < total_) save();
+      paused += now_seconds() - t1;
+    }
+    result_.seconds = now_seconds() - start - paused;
+    result_.tokens_per_second = result_.seconds > 0 ? static_cast<double>(result_.tokens) / result_.seconds : 0;
+    result_.interrupted = done_ < total_;
+    bar.finish();
+    save();
+    if (!result_.interrupted) {
+      if (valid_) record_validation(metrics);
+      model_.save(o_.output);
+      tokenizer_.save(o_.output);
+    }
+    result_.steps = done_;
+    result_.skipped = skipped_;
+    result_.peak_memory = peak_memory_bytes();
+    return result_;
+  }
+
+ private:
+  int64_t max_tok() const {
+    return std::max(o_.loader.batch_size * o_.loader.seq_len, valid_ ? valid_->max_row_len() : int64_t{0});
+  }
+
+  void print_plan() const {
+    const MemoryPlan p = training_memory(model_.config, max_tok());
+    const auto b = [](size_t n) { return human_bytes(static_cast<double>(n)); };
+    log_info(
+        "{} parameters; {} steps of {} tokens; memory: weights {} + gradients {} + optimizer {} + activations {} + "
+        "head {} = {}",
+        human_count(static_cast<double>(model_.table.numel())), total_,
+        o_.accumulation_steps * o_.loader.batch_size * o_.loader.seq_len, b(p.weights), b(p.gradients), b(p.optimizer),
+        b(p.activations), b(p.lm_head), b(p.total()));
+  }
+
+  StepResult one_step() {
+    micro_.resize(static_cast<size_t>(o_.accumulation_steps));
+    for (TokenBatch& b : micro_) loader_.next(b);
+    done_++;
+    const StepResult r = step_.accumulate(micro_, done_);
+    tokens_seen_ += r.tokens;
+    if (!r.finite()) {
+      handle_non_finite();
+    } else if (spike_.observe(r.loss)) {
+      skipped_++;
+      log_warn("step {}: loss {:.4f} is {:.1f} standard deviations above the last {}; step skipped", done_, r.loss,
+               spike_.last_z(), o_.spike.window);
+    } else {
+      step_.update(lr_at(schedule_, done_), r.grad_norm, ++updates_);
+      bad_in_a_row_ = 0;
+    }
+    return r;
+  }
+
+  void handle_non_finite() {
+    const std::string reason = explain_non_finite(o_.device, model_, step_, micro_, data_);
+    if (o_.non_finite == NonFinitePolicy::stop || ++bad_in_a_row_ > max_bad_in_a_row) {
+      const std::string last = find_checkpoint(o_.output);
+      throw Error(
+          fmt::format("step {}", done_), "finite loss and gradients", "NaN or infinity in " + reason,
+          fmt::format("the last checkpoint is {}; lower --lr, look at the data, or pass --on-nan skip or rollback",
+                      last.empty() ? "none" : last));
+    }
+    skipped_++;
+    log_warn("step {}: NaN or infinity in {}; step skipped", done_, reason);
+    if (o_.non_finite != NonFinitePolicy::rollback) return;
+    const std::string dir = find_checkpoint(o_.output);
+    if (dir.empty()) throw Error(o_.output, "a checkpoint to roll back to", "none", "save more often (--save-every)");
+    const ordered_json state = load_checkpoint(dir, model_, step_);
+    updates_ = json_get<int64_t>(state, "updates", dir);
+    log_warn("rolled back to the weights of {}; the data goes on", dir);
+  }
+
+  double validate(const std::string& title) {
+    Progress bar(title, valid_->tokens(), "tok");
+    const NllSum sum = sum_nll(o_.device, model_, *valid_, step_.activations(), step_.head(), [&](int64_t tokens) {
+      bar.set(tokens);
+      return true;
+    });
+    return sum.mean();
+  }
+
+  void record_validation(Metrics& metrics) {
+    const double nll = validate("validation");
+    result_.valid_nll = nll;
+    metrics.log(done_, {{"valid/nll", nll}, {"valid/ppl", std::exp(nll)}});
+    if (best_ && *best_ <= nll) return;
+    best_ = result_.best_valid_nll = nll;
+    const std::string dir = path_join(o_.output, "best");
+    model_.save(dir);
+    tokenizer_.save(dir);
+    write_file(path_join(dir, "best.json"), ordered_json{{"step", done_}, {"valid_nll", nll}}.dump(2) + "\n");
+  }
+
+  void save() {
+    ordered_json state{{"step", done_},
+                       {"updates", updates_},
+                       {"skipped", skipped_},
+                       {"tokens", tokens_seen_},
+                       {"cursor", loader_.cursor().to_json()},
+                       {"spike", spike_.to_json()},
+                       {"run", run_identity(o_, total_, data_)}};
+    if (best_) state["best_valid_nll"] = *best_;
+    save_checkpoint(o_.output, done_, model_, step_, tokenizer_, state, o_.keep_checkpoints);
+  }
+
+  void resume() {
+    if (!o_.resume) return;
+    const std::string dir = find_checkpoint(o_.output);
+    if (dir.empty()) {
+      log_warn("{}: no checkpoint to resume from; starting from the beginning", o_.output);
+      return;
+    }
+    const ordered_json state = load_checkpoint(dir, model_, step_);
+    require_same_run(json_get<ordered_json>(state, "run", dir), run_identity(o_, total_, data_), dir);
+    done_ = json_get<int64_t>(state, "step", dir);
+    updates_ = json_get<int64_t>(state, "updates", dir);
+    skipped_ = json_get<int64_t>(state, "skipped", dir);
+    tokens_seen_ = json_get<int64_t>(state, "tokens", dir);
+    loader_.seek(LoaderCursor::from_json(json_get<ordered_json>(state, "cursor", dir), dir));
+    spike_.restore(json_get<ordered_json>(state, "spike", dir), dir);
+    if (state.contains("best_valid_nll"))
+      best_ = result_.best_valid_nll = json_get<double>(state, "best_valid_nll", dir);
+    log_info("resumed from {} at step {}", dir, done_);
+  }
+
+  static constexpr int max_bad_in_a_row = 10;
+  const TrainOptions& o_;
+  Model& model_;
+  const Tokenizer& tokenizer_;
+  const TokenDataset& data_;
+  const std::optional<TokenDataset>& valid_;
+  BatchLoader loader_;
+  SpikeDetector spike_;
+  int64_t total_;
+  Schedule schedule_;
+  TrainStep step_;
+  std::vector<TokenBatch> micro_;
+  int64_t done_ = 0, updates_ = 0, skipped_ = 0, tokens_seen_ = 0;  // done_: optimizer steps, skipped ones included
+  int bad_in_a_row_ = 0;
+  std::optional<double> best_;
+  TrainResult result_;
+};
+
+}  // namespace
+
+TrainResult train_model(const TrainOptions& options, Model& model, const Tokenizer& tokenizer,
+                        const TokenDataset& train, const std::optional<TokenDataset>& valid) {
+  return Run(options, model, tokenizer, train, valid).run();
+}
+
+}  // namespace mm
