@@ -19,7 +19,15 @@ using demo::chance;
 using demo::Qa;
 
 // Streams of the counter-based generator: one a file, and within it one a row.
-enum class Stream : uint64_t { pretrain = 1, sft = 2, valid = 3, additions = 4, facts = 5, held_out = 6 };
+enum class Stream : uint64_t {
+  pretrain = 1,
+  sft = 2,
+  valid = 3,
+  additions = 4,
+  facts = 5,
+  held_out = 6,
+  two_steps = 7
+};
 
 Rng row_rng(uint64_t seed, Stream stream, int64_t row, int attempt = 0) {
   return {seed, static_cast<uint64_t>(stream) << 56 | static_cast<uint64_t>(attempt) << 40 | static_cast<uint64_t>(row),
@@ -78,11 +86,9 @@ std::string pretrain_text(uint64_t seed, Rng& rng) {
   const float kind = rng.uniform();
   const auto filter = filter_of(seed);
   const auto plain = [](const Qa& qa) { return qa.question + "\n" + qa.answer; };
-  if (kind < 0.22f) {
-    const auto [a, b] = demo::random_pair(rng, filter);
-    return plain({demo::addition_question(rng, zh, a, b), "", demo::addition_answer(zh, a, b)});
-  }
-  if (kind < 0.31f) return plain(demo::two_step_qa(rng, zh, filter, false));
+  const auto [a, b] = demo::random_pair(rng, filter);
+  if (kind < 0.22f) return plain({demo::addition_question(rng, zh, a, b), "", demo::addition_answer(zh, a, b)});
+  if (kind < 0.31f) return plain(demo::two_step_qa(rng, zh, a, b, filter, false));
   if (kind < 0.39f) return plain(demo::subtraction_qa(rng, zh, filter));
   if (kind < 0.43f) return plain(demo::number_qa(rng, zh, filter));
   std::string text;
@@ -107,12 +113,10 @@ void add_turn(ordered_json& list, const Qa& qa) {
 Qa chat_qa(uint64_t seed, Rng& rng, bool zh, bool valid) {
   const auto filter = filter_of(seed);
   const float kind = rng.uniform();
-  if (kind < 0.22f) {
-    const auto [a, b] = demo::random_pair(rng, [&](int x, int y) { return filter(x, y) != valid; });
-    return {demo::addition_question(rng, zh, a, b), "", demo::addition_answer(zh, a, b)};
-  }
+  const auto [a, b] = demo::random_pair(rng, [&](int x, int y) { return filter(x, y) != valid; });
+  if (kind < 0.22f) return {demo::addition_question(rng, zh, a, b), "", demo::addition_answer(zh, a, b)};
   // Mostly with thinking, so that an open <think> is always filled; some without, for the closed one.
-  if (kind < 0.34f) return demo::two_step_qa(rng, zh, filter, chance(rng, 0.85));
+  if (kind < 0.34f) return demo::two_step_qa(rng, zh, a, b, filter, chance(rng, 0.85));
   if (kind < 0.41f) return demo::subtraction_qa(rng, zh, filter);
   if (kind < 0.44f) return demo::number_qa(rng, zh, filter);
   if (kind < 0.51f) return demo::identity_qa(rng, zh);
@@ -192,8 +196,8 @@ bool demo_pair_held_out(uint64_t seed, int a, int b) {
 
 DemoCorpusFiles write_demo_corpus(const std::string& dir, const DemoCorpusOptions& o) {
   make_dirs(dir);
-  const DemoCorpusFiles files{path_join(dir, "pretrain.jsonl"), path_join(dir, "sft.jsonl"),
-                              path_join(dir, "sft_valid.jsonl")};
+  DemoCorpusFiles files{path_join(dir, "pretrain.jsonl"), path_join(dir, "sft.jsonl"),
+                        path_join(dir, "sft_valid.jsonl")};
   write_rows(files.pretrain, Stream::pretrain, o, o.pretrain_rows, [&](Rng& rng) {
     return ordered_json{{"text", pretrain_text(o.seed, rng)}};
   });
@@ -210,6 +214,18 @@ std::vector<DemoQuestion> demo_addition_questions(const DemoCorpusOptions& optio
     const auto [a, b] = demo::random_pair(rng, [&](int x, int y) { return !seen(x, y); });
     const bool zh = i % 2 == 0;
     list.push_back({demo::addition_question(rng, zh, a, b), std::to_string(a + b), zh});
+  }
+  return list;
+}
+
+std::vector<DemoQuestion> demo_two_step_questions(const DemoCorpusOptions& options, int64_t count) {
+  std::vector<DemoQuestion> list;
+  const auto seen = filter_of(options.seed);
+  for (int64_t i = 0; i < count; i++) {
+    Rng rng = row_rng(options.seed, Stream::two_steps, i);
+    const auto [a, b] = demo::random_pair(rng, [&](int x, int y) { return !seen(x, y); });
+    const Qa qa = demo::two_step_qa(rng, i % 2 == 0, a, b, seen, true);
+    list.push_back({qa.question, std::to_string(*demo_last_number(qa.answer)), i % 2 == 0});
   }
   return list;
 }

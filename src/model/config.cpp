@@ -125,9 +125,9 @@ ModelConfig ModelConfig::from_json(const ordered_json& j, const std::string& whe
   // pi d.
   const bool current = !own || j.contains("num_experts") || j.contains("moe_intermediate_size");
   const auto rounded = [](double x) { return static_cast<int64_t>(std::ceil(x / 64)) * 64; };
-  const int64_t two_thirds_of_4 = c.hidden_size * 8 / 3;
+  const int64_t eight_thirds = c.hidden_size * 8 / 3;
   const int64_t computed = current ? rounded(static_cast<double>(c.hidden_size) * 3.14159265358979)
-                                   : rounded(static_cast<double>(two_thirds_of_4));
+                                   : rounded(static_cast<double>(eight_thirds));
   c.intermediate_size = own ? json_get_or<int64_t>(j, "intermediate_size", computed, where)
                             : json_get<int64_t>(j, "intermediate_size", where);
   c.max_position_embeddings = json_get_or<int64_t>(j, "max_position_embeddings", c.max_position_embeddings, where);

@@ -144,7 +144,7 @@ void qk_norm_rope_bwd(T* dqkv, T* dq_weight, T* dk_weight, const T* qkv, const T
       for (int i = 0; i < half; i++) {
         const Acc c = a.cos[a.positions[t] * half + i], s = a.sin[a.positions[t] * half + i];
         unrotated[static_cast<size_t>(i)] = static_cast<T>(d[i] * c + d[i + half] * s);
-        unrotated[static_cast<size_t>(i + half)] = static_cast<T>(d[i + half] * c - d[i] * s);
+        unrotated[static_cast<size_t>(i) + static_cast<size_t>(half)] = static_cast<T>(d[i + half] * c - d[i] * s);
       }
       if (w != nullptr)
         norm_row_bwd<T, Acc>(d, false, h < a.n_head ? dq_weight : dk_weight, unrotated.data(), x,

@@ -73,7 +73,7 @@ double sum_sq(const float* x, int64_t n) {
   return s;
 }
 
-extern const SimdTable table;
+extern const SimdTable table;  // NOLINT(readability-redundant-declaration): const alone would be internal
 const SimdTable table = {
     .rmsnorm_fwd = rmsnorm_fwd,
     .rmsnorm_bwd = rmsnorm_bwd,
