@@ -30,8 +30,8 @@ struct LogprobCase {
   int64_t n, v;
   int offset = 0;
   float scale = 1.0f;  // of the logits
-  bool sure = false;   // the target is the largest logit, far above the rest
-  double size() const { return 1 + 5 * static_cast<double>(scale); }  // most |logits| stay below
+  bool sure = false;   // all logits around 64, the target well above the rest: log-probabilities near 0
+  double size() const { return (sure ? 64 : 1) + 5 * static_cast<double>(scale); }  // most |logits| stay below
   std::string name() const { return fmt::format("n{} v{} offset{} scale{} sure{}", n, v, offset, scale, sure); }
   double floor_lse() const { return rounding(size()); }
   // A log-probability near 0 must not carry the rounding of a large logit: PPO and GRPO exponentiate differences of it.
@@ -51,6 +51,7 @@ inline const LogprobCase logprob_cases[] = {
     {67, 33, 1},
     {6, 6400, 0, 1.0f, true},
     {5, 6400, 1, 10.0f, true},
+    {13, 31, 0, 1.0f, true},
 };
 
 struct RowsCase {

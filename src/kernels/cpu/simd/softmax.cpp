@@ -18,8 +18,9 @@ void logprob_fwd(float* logp, float* lse, const float* logits, const int32_t* ta
     float s = 0;
 #pragma omp simd reduction(+ : s)
     for (int64_t i = 0; i < v; i++) s += exp_f32(x[i] - m);
-    lse[t] = m + __builtin_logf(s);
-    logp[t] = x[targets[t]] - lse[t];
+    const float log_s = __builtin_logf(s);
+    lse[t] = m + log_s;
+    logp[t] = x[targets[t]] - m - log_s;  // not x - lse: a value near 0 would carry the rounding of a large lse
   }
 }
 
