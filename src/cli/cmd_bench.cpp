@@ -1,0 +1,60 @@
+// minimind bench train: how fast a training step is here, op by op.
+#include <fmt/ranges.h>
+
+#include "base/error.h"
+#include "base/progress.h"
+#include "cli/command.h"
+#include "kernels/kernel_table.h"
+#include "lab/bench.h"
+
+namespace mm {
+
+static void print_bench(const ordered_json& r) {
+  const auto num = [](const ordered_json& j, const char* key) { return j[key].get<double>(); };
+  print_line(fmt::format(
+      "{} threads, {}, {} products: {} tok/s, {:.1f} ms a step (fastest {:.1f}), {:.0f}% of the measured {:.0f} "
+      "GFLOP/s, peak memory {}",
+      r["threads"].get<int>(), r["isa"].get<std::string>(), r["dtype"].get<std::string>(),
+      human_count(num(r, "tokens_per_second")), 1e3 * num(r, "step_seconds"), 1e3 * num(r, "step_seconds_min"),
+      100 * num(r, "share_of_peak"), num(r, "peak_flops") / 1e9, human_bytes(num(r, "peak_memory_bytes"))));
+  print_line(fmt::format("{:<18}{:>7}{:>10}{:>8}{:>10}{:>8}{:>9}{:>8}", "op", "calls", "ms", "step", "GFLOP/s", "peak",
+                         "GB/s", "copy"));
+  for (const ordered_json& o : r["ops"]) {
+    print_line(fmt::format("{:<18}{:>7}{:>10.2f}{:>7.1f}%{:>10.1f}{:>7.0f}%{:>9.1f}{:>7.0f}%",
+                           o["op"].get<std::string>(), o["calls"].get<int64_t>(), num(o, "ms"),
+                           100 * num(o, "share_of_step"), num(o, "gflops"), 100 * num(o, "share_of_peak"),
+                           num(o, "gbytes_per_second"), 100 * num(o, "share_of_bandwidth")));
+  }
+}
+
+void add_bench_command(CLI::App& app, Globals& globals) {
+  struct Flags {
+    std::string preset = "minimind2-small", dtype = "f32";
+    TrainBenchOptions bench;
+  };
+  const auto f = std::make_shared<Flags>();
+  CLI::App* group = app.add_subcommand("bench", "Measure this program on this machine");
+  group->require_subcommand(1);
+  CLI::App* c = group->add_subcommand(
+      "train",
+      "Training steps on random tokens: tokens/s, memory, and each op's share of the machine's measured limits\n"
+      "  minimind bench train --preset minimind2-small --batch-size 4 --seq-len 512 --dtype bf16");
+  c->add_option("--preset", f->preset, fmt::format("{}, or a config.json", fmt::join(preset_names(), ", ")));
+  c->add_option("--batch-size", f->bench.batch_size, "Sequences")->check(CLI::Range(1, 1 << 16));
+  c->add_option("--seq-len", f->bench.seq_len, "Tokens a sequence")->check(CLI::Range(2, 1 << 20));
+  c->add_option("--steps", f->bench.steps, "Timed steps (the median counts)")->check(CLI::Range(1, 100000));
+  c->add_option("--dtype", f->dtype, "Operands of matrix products")->check(CLI::IsMember({"f32", "bf16"}));
+  add_common_flags(c, globals);
+  c->callback([f, &globals] {
+    f->bench.config = load_config(f->preset);
+    f->bench.device.matmul = dtype_from_name(f->dtype);
+    if (f->bench.device.matmul == DType::bf16 && !matmul_bf16_available()) {
+      throw Error("--dtype", "f32 on this processor", "bf16", "bf16 products need AVX-512 BF16");
+    }
+    const ordered_json r = bench_train(f->bench);
+    if (globals.json) print_result(globals, r);
+    else print_bench(r);
+  });
+}
+
+}  // namespace mm
