@@ -242,6 +242,18 @@ TEST_F(SafetensorsTest, ReadFloatsConverts) {
                Error);
 }
 
+TEST(TensorConvert, EveryHalfIsConverted) {
+  std::vector<uint16_t> half(1 << 16);
+  std::vector<float> got(half.size());
+  for (size_t i = 0; i < half.size(); i++) half[i] = static_cast<uint16_t>(i);
+  to_float(half.data(), DType::f16, got.data(), static_cast<int64_t>(half.size()));
+  for (size_t i = 0; i < half.size(); i++) {
+    const float want = f16_to_float(half[i]);
+    if (std::isnan(want)) ASSERT_TRUE(std::isnan(got[i])) << i;
+    else ASSERT_EQ(std::bit_cast<uint32_t>(got[i]), std::bit_cast<uint32_t>(want)) << i;
+  }
+}
+
 TEST_F(SafetensorsTest, ConversionsOfLargeTensorsAreExact) {
   // Larger than the thread grain and than the writer's buffer, with a length that divides neither.
   const int64_t n = (1 << 19) + 12345;
