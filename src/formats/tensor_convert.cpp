@@ -1,6 +1,5 @@
 #include "formats/tensor_convert.h"
 
-#include <bit>
 #include <cmath>
 #include <cstring>
 
@@ -9,18 +8,6 @@
 namespace mm {
 
 bool is_float_dtype(DType t) { return t == DType::f32 || t == DType::f16 || t == DType::bf16 || t == DType::f64; }
-
-// f16_to_float without branches and calls, so that the loop below runs on vectors (a model's start-up waits for it).
-static inline float f16_value(uint16_t h) {
-  constexpr uint32_t rebias = 112u << 23, smallest_normal = 113u << 23;
-  const uint32_t magnitude = static_cast<uint32_t>(h & 0x7fffu) << 13, exponent = magnitude & 0x0f800000u;
-  const uint32_t normal = magnitude + rebias;
-  const uint32_t special = normal + rebias;  // infinity and NaN keep all exponent bits
-  const float small = std::bit_cast<float>(normal + (1u << 23)) - std::bit_cast<float>(smallest_normal);
-  const uint32_t finite = exponent == 0 ? std::bit_cast<uint32_t>(small) : normal;
-  const uint32_t bits = exponent == 0x0f800000u ? special : finite;
-  return std::bit_cast<float>(bits | static_cast<uint32_t>(h & 0x8000u) << 16);
-}
 
 template <class From, class Convert>
 static void convert(const void* src, float* dst, int64_t n, Convert f) {
@@ -36,7 +23,7 @@ void to_float(const void* src, DType src_type, float* dst, int64_t n) {
   if (n == 0) return;
   switch (src_type) {
     case DType::f32: std::memcpy(dst, src, static_cast<size_t>(n) * sizeof(float)); return;
-    case DType::f16: convert<uint16_t>(src, dst, n, [](uint16_t v) { return f16_value(v); }); return;
+    case DType::f16: convert<uint16_t>(src, dst, n, [](uint16_t v) { return f16_to_float(v); }); return;
     case DType::bf16: convert<uint16_t>(src, dst, n, [](uint16_t v) { return bf16_to_float(v); }); return;
     case DType::f64: convert<double>(src, dst, n, [](double v) { return static_cast<float>(v); }); return;
     default: MM_CHECK(false, "{} is no float type", dtype_name(src_type));
