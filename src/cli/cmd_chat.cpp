@@ -19,7 +19,7 @@ namespace mm {
 
 struct ChatFlags {
   std::string model, system;
-  bool think = false;
+  bool think = false, no_empty_think = false;
   int64_t max_new_tokens = 1024, context = 0;
   SamplingParams sampling;
 };
@@ -46,7 +46,7 @@ class Chat {
         flags_(flags),
         generator_(generator),
         tokenizer_(tokenizer),
-        session_(tokenizer),
+        session_(tokenizer, !flags.no_empty_think),
         colors_(isatty(STDOUT_FILENO) != 0 && !globals.json) {
     session_.set_system(flags.system);
     session_.set_open_thinking(flags.think);
@@ -94,6 +94,8 @@ class Chat {
       say(rest.empty() ? "no system message" : "system message set");
     } else if (name == "/history") {
       for (const auto& m : session_.messages()) {
+        if (m.contains("reasoning_content"))
+          say(fmt::format("(thought: {})", m["reasoning_content"].get<std::string>()));
         say(fmt::format("{}: {}", m["role"].get<std::string>(), m["content"].get<std::string>()));
       }
     } else if (name == "/save") {
@@ -188,6 +190,8 @@ void add_chat_command(CLI::App& app, Globals& globals) {
   command->add_option("--model", flags->model, "Model folder")->required();
   command->add_option("--system", flags->system, "System message");
   command->add_flag("--think", flags->think, "Think before answering (switch with /think)");
+  command->add_flag("--no-empty-think", flags->no_empty_think,
+                    "No empty <think></think> before answers, for models trained without it");
   command->add_option("--max-new-tokens", flags->max_new_tokens, "Tokens of one answer at most")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 30));
   command

@@ -8,15 +8,15 @@
 #include "base/progress.h"
 #include "cli/command.h"
 #include "cli/sampling_flags.h"
+#include "engine/chat_session.h"
 #include "engine/generate.h"
-#include "text/chat_template.h"
 
 namespace mm {
 
 struct GenerateFlags {
   std::string model, prompt, chat, system;
   std::vector<int32_t> ids;
-  bool think = false, no_bos = false, ignore_eos = false;
+  bool think = false, no_empty_think = false, no_bos = false, ignore_eos = false;
   int64_t samples = 1, prefill_chunk = 256;
   GenerateRequest request;
 };
@@ -28,8 +28,7 @@ static std::vector<int32_t> prompt_ids(const GenerateFlags& f, const std::option
     ordered_json messages = ordered_json::array();
     if (!f.system.empty()) messages.push_back({{"role", "system"}, {"content", f.system}});
     messages.push_back({{"role", "user"}, {"content", f.chat}});
-    return tokenizer->encode(
-        render_chat(messages, nullptr, {.add_generation_prompt = true, .open_thinking = f.think}, "--chat"));
+    return tokenizer->encode(chat_prompt(messages, f.think, !f.no_empty_think));
   }
   std::vector<int32_t> ids = tokenizer->encode(f.prompt);
   // Pretraining rows begin with BOS; a prompt that is already templated does too.
@@ -131,6 +130,8 @@ void add_generate_command(CLI::App& app, Globals& globals) {
   input->require_option(1);
   command->add_option("--system", flags->system, "With --chat: system message");
   command->add_flag("--think", flags->think, "With --chat: think before answering");
+  command->add_flag("--no-empty-think", flags->no_empty_think,
+                    "With --chat: no empty <think></think> before the answer");
   command->add_flag("--no-bos", flags->no_bos, "With --prompt: no BOS before the text");
   command->add_option("--max-new-tokens", request.max_new_tokens, "New tokens at most")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 30));

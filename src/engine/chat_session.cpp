@@ -39,9 +39,16 @@ void ChatSession::reset() {
 
 void ChatSession::add_user(const std::string& text) { messages_.push_back({{"role", "user"}, {"content", text}}); }
 
+std::string chat_prompt(const ordered_json& messages, bool open_thinking, bool keep_empty_think) {
+  std::string text = render_chat(messages, nullptr, {.add_generation_prompt = true, .open_thinking = open_thinking});
+  if (keep_empty_think) return text;
+  static constexpr std::string_view empty = "<think>\n\n</think>\n\n";
+  for (size_t at = 0; (at = text.find(empty, at)) != std::string::npos;) text.erase(at, empty.size());
+  return text;
+}
+
 std::vector<int32_t> ChatSession::render(const ordered_json& messages) const {
-  return tokenizer_.encode(
-      render_chat(messages, nullptr, {.add_generation_prompt = true, .open_thinking = open_thinking_}));
+  return tokenizer_.encode(chat_prompt(messages, open_thinking_, keep_empty_think_));
 }
 
 std::vector<int32_t> ChatSession::prompt(int64_t max_tokens, int* dropped) {

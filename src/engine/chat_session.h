@@ -14,7 +14,10 @@ namespace mm {
 // Not thread safe.
 class ChatSession {
  public:
-  explicit ChatSession(Tokenizer tokenizer) : tokenizer_(std::move(tokenizer)) {}
+  // keep_empty_think: false removes the template's "<think>\n\n</think>\n\n" wherever it is empty, for models that were
+  // trained without it.
+  explicit ChatSession(Tokenizer tokenizer, bool keep_empty_think = true)
+      : tokenizer_(std::move(tokenizer)), keep_empty_think_(keep_empty_think) {}
 
   void set_system(const std::string& text);  // "" removes it; turns stay
   void set_open_thinking(bool on) { open_thinking_ = on; }
@@ -38,9 +41,13 @@ class ChatSession {
   std::vector<int32_t> render(const ordered_json& messages) const;
 
   Tokenizer tokenizer_;
+  bool keep_empty_think_;
   ordered_json messages_ = ordered_json::array();
   bool open_thinking_ = false;
 };
+
+// The rendered conversation up to where the next answer begins.
+std::string chat_prompt(const ordered_json& messages, bool open_thinking, bool keep_empty_think);
 
 struct AnswerParts {
   std::string reasoning, content;

@@ -34,6 +34,21 @@ TEST(ChatSession, PromptIsTheTemplate) {
   EXPECT_EQ(chat.messages()[0]["role"], "user");
 }
 
+TEST(ChatSession, EmptyThinkingCanBeLeftOut) {
+  const Tokenizer tokenizer = small_tokenizer();
+  ChatSession chat(tokenizer, /*keep_empty_think=*/false);
+  chat.add_user("hi");
+  chat.add_answer("<think>\nhm\n</think>\n\nhello");
+  chat.add_user("more");
+  chat.add_answer("yes");
+  chat.add_user("so");
+  int dropped = 0;
+  EXPECT_EQ(tokenizer.decode(chat.prompt(1000, &dropped)),
+            "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n<think>\nhm\n</think>\n\nhello<|im_end|>\n"
+            "<|im_start|>user\nmore<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
+            "<|im_start|>user\nso<|im_end|>\n<|im_start|>assistant\n");
+}
+
 TEST(ChatSession, ThoughtsAreKeptApart) {
   ChatSession chat(small_tokenizer());
   chat.set_open_thinking(true);
