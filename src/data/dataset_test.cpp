@@ -1,5 +1,7 @@
 #include "data/dataset.h"
 
+#include <gtest/gtest.h>
+
 #include <algorithm>
 #include <set>
 
@@ -39,7 +41,7 @@ SampleOptions text_options(int64_t max_len = 32) {
   return o;
 }
 
-class DatasetTest : public ScratchTest {
+class DatasetTest : public ::testing::Test, public ScratchDir {
  protected:
   TokenDataset build(const std::vector<std::string>& paths, const std::string& cache = "",
                      SampleOptions o = text_options()) const {

@@ -1,5 +1,7 @@
 #include "data/jsonl.h"
 
+#include <gtest/gtest.h>
+
 #include <map>
 
 #include "base/error.h"
@@ -21,7 +23,7 @@ Lines read_lines(const std::string& path, size_t chunk = JsonlReader::default_ch
   return out;
 }
 
-class JsonlTest : public ScratchTest {};
+class JsonlTest : public ::testing::Test, public ScratchDir {};
 
 TEST_F(JsonlTest, LineNumbersBlankLinesAndEnds) {
   const Lines want = {{1, "a"}, {3, "b c"}, {6, "d"}};

@@ -1,5 +1,7 @@
 #include "data/loader.h"
 
+#include <gtest/gtest.h>
+
 #include <algorithm>
 #include <map>
 #include <numeric>
@@ -84,7 +86,7 @@ TEST(Pack, NoRowStarves) {
   EXPECT_LE(longest, pack_window);
 }
 
-class LoaderTest : public ScratchTest {
+class LoaderTest : public ::testing::Test, public ScratchDir {
  protected:
   TokenDataset data(int rows, int64_t max_len = 48) const {
     std::string text;

@@ -1,12 +1,14 @@
 #include "data/report.h"
 
+#include <gtest/gtest.h>
+
 #include "base/error.h"
 #include "data/test_data.h"
 
 namespace mm {
 namespace {
 
-class ReportTest : public ScratchTest {};
+class ReportTest : public ::testing::Test, public ScratchDir {};
 
 TEST_F(ReportTest, CountsOfChats) {
   const std::string file = write(

@@ -1,5 +1,7 @@
 #include "data/samples.h"
 
+#include <gtest/gtest.h>
+
 #include "base/error.h"
 #include "base/thread_team.h"
 #include "data/sample_stream.h"
@@ -247,7 +249,7 @@ TEST(Samples, TokenizerMustSuitTheKind) {
   EXPECT_THROW(SampleEncoder(tiny_tokenizer(), SampleOptions::evaluation(SampleKind::pretrain, 1)), Error);
 }
 
-class SampleFiles : public ScratchTest {};
+class SampleFiles : public ::testing::Test, public ScratchDir {};
 
 TEST_F(SampleFiles, KindIsSeenInTheFirstRow) {
   EXPECT_EQ(detect_kind(write("a", "{\"text\": \"x\"}\n")), SampleKind::pretrain);

@@ -1,7 +1,6 @@
 // Shared by the tests of this folder: a scratch folder, compressed files, and a tiny tokenizer.
 #pragma once
 
-#include <gtest/gtest.h>
 #include <unistd.h>
 #include <zlib.h>
 #include <zstd.h>
@@ -10,24 +9,28 @@
 #include <string>
 #include <vector>
 
+#include "base/error.h"
 #include "base/fs.h"
 #include "text/bpe_trainer.h"
 
 namespace mm {
 
-class ScratchTest : public ::testing::Test {
- protected:
-  void SetUp() override {
-    std::string name = ::testing::TempDir() + "mm_data_XXXXXX";
-    ASSERT_NE(::mkdtemp(name.data()), nullptr);
-    dir_ = name;
+// A folder of its own for each test case; gone with the case.
+class ScratchDir {
+ public:
+  ScratchDir() : dir_((std::filesystem::temp_directory_path() / "mm_data_XXXXXX").string()) {
+    MM_CHECK(::mkdtemp(dir_.data()) != nullptr, "cannot make {}", dir_);
   }
-  void TearDown() override { std::filesystem::remove_all(dir_); }
+  ~ScratchDir() { std::filesystem::remove_all(dir_); }
+  ScratchDir(const ScratchDir&) = delete;
+  ScratchDir& operator=(const ScratchDir&) = delete;
   std::string path(const std::string& name) const { return path_join(dir_, name); }
   std::string write(const std::string& name, const std::string& content) const {
     write_file(path(name), content);
     return path(name);
   }
+
+ protected:
   std::string dir_;
 };
 
