@@ -59,6 +59,15 @@ function(mm_tests)
                                  MM_BINARY="$<TARGET_FILE:minimind>")
       add_test(NAME ${name} COMMAND ${name}_test)
       set_tests_properties(${name} PROPERTIES TIMEOUT 900)
+      if(name STREQUAL "kernels")  # again on lesser instruction sets, under names of their own for the result files
+        foreach(isa scalar avx2)
+          add_custom_command(TARGET kernels_test POST_BUILD WORKING_DIRECTORY $<TARGET_FILE_DIR:kernels_test>
+                             COMMAND ${CMAKE_COMMAND} -E create_symlink kernels_test kernels_${isa}_test)
+          add_test(NAME kernels_${isa} COMMAND ${CMAKE_COMMAND} -E env MINIMIND_CPU=${isa} ./kernels_${isa}_test
+                   WORKING_DIRECTORY $<TARGET_FILE_DIR:kernels_test>)
+          set_tests_properties(kernels_${isa} PROPERTIES TIMEOUT 900)
+        endforeach()
+      endif()
     endif()
   endforeach()
 endfunction()

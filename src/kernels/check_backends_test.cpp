@@ -9,6 +9,14 @@ const std::vector<cases::Backend>& cases::cpu_backends() {
     std::vector<Backend> v;
     for (const int threads : {1, 2, 3, 4})
       v.push_back({std::string("cpu/") + isa_name(selected_isa()), cpu_kernels(), threads});
+    return v;
+  }();
+  return list;
+}
+
+const std::vector<cases::Backend>& cases::cpu_and_row_backends() {
+  static const std::vector<Backend> list = [] {
+    std::vector<Backend> v = cpu_backends();
     for (const auto& [isa, simd] : simd_tables()) {
       Backend b{std::string("rows/") + isa_name(isa), cpu_kernels()};
       b.kernels.rmsnorm_fwd = simd->rmsnorm_fwd;

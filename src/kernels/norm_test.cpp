@@ -4,8 +4,9 @@
 
 namespace mm {
 
-using cases::added_output, cases::check_op, cases::Input, cases::norm_rope_cases, cases::NormRopeCase, cases::Output,
-    cases::rmsnorm_cases, cases::RmsnormCase, cases::set_output;
+using cases::added_output, cases::Bits, cases::check_op, cases::cpu_and_row_backends, cases::Input,
+    cases::norm_rope_cases, cases::NormRopeCase, cases::Output, cases::rmsnorm_cases, cases::RmsnormCase,
+    cases::set_output;
 
 using Rmsnorm = cases::KernelTest;
 using QkNormRope = cases::KernelTest;
@@ -18,11 +19,13 @@ TEST_F(Rmsnorm, Forward) {
     check_op(
         c.name(), c.offset, {set_output("y", c.n * c.d, c.floor_y()), set_output("rstd", c.n, c.floor_rstd())},
         [&]<class T>(T** out) { ref::rmsnorm_fwd<T, T>(out[0], out[1], x.get<T>(), w.get<T>(), eps, c.n, c.d); },
-        [&](const KernelTable& k, float** out) { k.rmsnorm_fwd(out[0], out[1], x.f(), w.f(), eps, c.n, c.d); });
+        [&](const KernelTable& k, float** out) { k.rmsnorm_fwd(out[0], out[1], x.f(), w.f(), eps, c.n, c.d); },
+        Bits::same, cpu_and_row_backends());
     check_op(
         "without rstd " + c.name(), c.offset, {set_output("y", c.n * c.d, c.floor_y())},
         [&]<class T>(T** out) { ref::rmsnorm_fwd<T, T>(out[0], nullptr, x.get<T>(), w.get<T>(), eps, c.n, c.d); },
-        [&](const KernelTable& k, float** out) { k.rmsnorm_fwd(out[0], nullptr, x.f(), w.f(), eps, c.n, c.d); });
+        [&](const KernelTable& k, float** out) { k.rmsnorm_fwd(out[0], nullptr, x.f(), w.f(), eps, c.n, c.d); },
+        Bits::same, cpu_and_row_backends());
   }
 }
 
@@ -39,7 +42,8 @@ TEST_F(Rmsnorm, Backward) {
         },
         [&](const KernelTable& k, float** out) {
           k.rmsnorm_bwd(out[0], out[1], dy.f(), x.f(), rstd.f(), w.f(), c.n, c.d);
-        });
+        },
+        Bits::same, cpu_and_row_backends());
   }
 }
 

@@ -5,8 +5,8 @@
 
 namespace mm {
 
-using cases::added_output, cases::check_op, cases::Input, cases::LogprobCase, cases::Output, cases::RowsCase,
-    cases::set_output, cases::SwigluCase, cases::VectorCase;
+using cases::added_output, cases::Bits, cases::check_op, cases::cpu_and_row_backends, cases::Input, cases::LogprobCase,
+    cases::Output, cases::RowsCase, cases::set_output, cases::SwigluCase, cases::VectorCase;
 
 using Swiglu = cases::KernelTest;
 using Logprob = cases::KernelTest;
@@ -19,7 +19,8 @@ TEST_F(Swiglu, Forward) {
     check_op(
         c.name(), c.offset, {set_output("act", c.n * c.f, c.floor())},
         [&]<class T>(T** out) { ref::swiglu_fwd<T, T>(out[0], gate_up.get<T>(), c.n, c.f); },
-        [&](const KernelTable& k, float** out) { k.swiglu_fwd(out[0], gate_up.f(), c.n, c.f); });
+        [&](const KernelTable& k, float** out) { k.swiglu_fwd(out[0], gate_up.f(), c.n, c.f); }, Bits::same,
+        cpu_and_row_backends());
   }
 }
 
@@ -29,13 +30,15 @@ TEST_F(Swiglu, Backward) {
     check_op(
         c.name(), c.offset, {set_output("dgate_up", c.n * 2 * c.f, c.floor())},
         [&]<class T>(T** out) { ref::swiglu_bwd<T, T>(out[0], dact.get<T>(), gate_up.get<T>(), c.n, c.f); },
-        [&](const KernelTable& k, float** out) { k.swiglu_bwd(out[0], dact.f(), gate_up.f(), c.n, c.f); });
+        [&](const KernelTable& k, float** out) { k.swiglu_bwd(out[0], dact.f(), gate_up.f(), c.n, c.f); }, Bits::same,
+        cpu_and_row_backends());
     Output in_place = set_output("dgate_up = gate_up", c.n * 2 * c.f, c.floor());
     std::copy_n(gate_up.f(), in_place.init.size(), in_place.init.begin());
     check_op(
         "in place " + c.name(), c.offset, {in_place},
         [&]<class T>(T** out) { ref::swiglu_bwd<T, T>(out[0], dact.get<T>(), out[0], c.n, c.f); },
-        [&](const KernelTable& k, float** out) { k.swiglu_bwd(out[0], dact.f(), out[0], c.n, c.f); });
+        [&](const KernelTable& k, float** out) { k.swiglu_bwd(out[0], dact.f(), out[0], c.n, c.f); }, Bits::same,
+        cpu_and_row_backends());
   }
 }
 
@@ -65,7 +68,8 @@ TEST_F(Logprob, Forward) {
         },
         [&](const KernelTable& k, float** out) {
           k.logprob_fwd(out[0], out[1], in.logits.f(), in.targets.data(), c.n, c.v);
-        });
+        },
+        Bits::same, cpu_and_row_backends());
   }
 }
 
@@ -87,7 +91,8 @@ TEST_F(Logprob, Backward) {
         [&]<class T>(T** out) {
           ref::logprob_bwd<T, T>(out[0], lse.get<T>(), g.get<T>(), in.targets.data(), c.n, c.v);
         },
-        [&](const KernelTable& k, float** out) { k.logprob_bwd(out[0], lse.f(), g.f(), in.targets.data(), c.n, c.v); });
+        [&](const KernelTable& k, float** out) { k.logprob_bwd(out[0], lse.f(), g.f(), in.targets.data(), c.n, c.v); },
+        Bits::same, cpu_and_row_backends());
   }
 }
 
@@ -168,7 +173,7 @@ TEST_F(Vectors, SumOfSquares) {
       const Input x(c.n, 1, c.offset, scale);
       const double exact = ref::sum_sq(x.get<double>(), c.n);
       double one_thread = 0;
-      for (const cases::Backend& b : cases::cpu_backends()) {
+      for (const cases::Backend& b : cpu_and_row_backends()) {
         set_num_threads(b.threads);
         const double got = b.kernels.sum_sq(x.f(), c.n);
         set_num_threads(0);

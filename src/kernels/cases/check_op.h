@@ -115,9 +115,11 @@ struct Backend {
   int threads = 1;
 };
 
-// What runs in a test program: the CPU's drivers on 1 to 4 threads, and the row kernels of every instruction set that
-// this machine has in place of the drivers of the same signature. Defined in kernels/check_backends_test.cpp.
+// What runs in a test program (kernels/check_backends_test.cpp): the CPU's drivers on 1 to 4 threads; and, first those,
+// then the row kernels of every instruction set that this machine has in place of the drivers of the same signature
+// (rmsnorm, swiglu, logprob, sum_sq).
 const std::vector<Backend>& cpu_backends();
+const std::vector<Backend>& cpu_and_row_backends();
 
 enum class Bits { same, any };  // across the thread counts of one backend
 
