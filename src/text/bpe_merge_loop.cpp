@@ -6,19 +6,47 @@
 
 #include "base/error.h"
 #include "base/progress.h"
-#include "base/thread_team.h"
 
 namespace mm {
 
 namespace {
 
-constexpr size_t kParallelWords = 4096;  // fewer words than this are merged by one thread
-
 uint64_t pair_key(int32_t a, int32_t b) {
   return static_cast<uint64_t>(static_cast<uint32_t>(a)) << 32 | static_cast<uint32_t>(b);
 }
 
+constexpr uint64_t kNoPair = ~uint64_t{0};
+
+size_t slot_of(uint64_t pair, size_t mask) {
+  pair = (pair ^ pair >> 29) * 0xBF58476D1CE4E5B9ull;
+  return (pair ^ pair >> 32) & mask;
+}
+
 }  // namespace
+
+int64_t& PairCounts::operator[](uint64_t pair) {
+  if ((used_ + 1) * 8 > slots_.size() * 5) {
+    std::vector<Slot> old =
+        std::exchange(slots_, std::vector<Slot>(std::max<size_t>(1024, slots_.size() * 2), {kNoPair, 0}));
+    for (const Slot& s : old) {
+      if (s.pair == kNoPair) continue;
+      size_t k = slot_of(s.pair, slots_.size() - 1);
+      while (slots_[k].pair != kNoPair) k = (k + 1) & (slots_.size() - 1);
+      slots_[k] = s;
+    }
+  }
+  const size_t mask = slots_.size() - 1;
+  size_t k = slot_of(pair, mask);
+  while (slots_[k].pair != pair) {
+    if (slots_[k].pair == kNoPair) {
+      slots_[k].pair = pair;
+      used_++;
+      break;
+    }
+    k = (k + 1) & mask;
+  }
+  return slots_[k].count;
+}
 
 MergeLoop::MergeLoop(const std::array<int32_t, 256>& byte_ids, std::vector<std::string> tokens)
     : byte_ids_(byte_ids), tokens_(std::move(tokens)) {
@@ -72,11 +100,9 @@ void MergeLoop::count_pairs() {
   }
 }
 
-void MergeLoop::Changes::fit(size_t symbols) {
-  for (Side* side : {&left, &right}) {
-    side->changed.resize(symbols, 0);
-    side->where.resize(symbols);
-  }
+void MergeLoop::Side::fit(size_t symbols) {
+  changed.resize(symbols, 0);
+  where.resize(symbols);
 }
 
 inline void MergeLoop::Side::add(int32_t x, int64_t count, uint32_t word) {
@@ -86,10 +112,10 @@ inline void MergeLoop::Side::add(int32_t x, int64_t count, uint32_t word) {
   if (where[k].empty() || where[k].back() != word) where[k].push_back(word);
 }
 
-void MergeLoop::merge_words(const uint32_t* begin, const uint32_t* end, const BpeMerger::Merge& m, Changes& changes) {
-  for (const uint32_t* it = begin; it < end; it++) {
-    if (it + 8 < end) __builtin_prefetch(symbols_.data() + starts_[it[8]]);
-    const uint32_t w = *it;
+void MergeLoop::merge_words(const Where& words, const BpeMerger::Merge& m) {
+  for (size_t k = 0; k < words.size(); k++) {
+    if (k + 8 < words.size()) __builtin_prefetch(symbols_.data() + starts_[words[k + 8]]);
+    const uint32_t w = words[k];
     int32_t* s = symbols_.data() + starts_[w];
     const uint32_t n = lengths_[w];
     uint32_t i = 0;
@@ -98,10 +124,10 @@ void MergeLoop::merge_words(const uint32_t* begin, const uint32_t* end, const Bp
     uint32_t out = i;
     while (i < n) {
       if (i + 1 < n && s[i] == m.left && s[i + 1] == m.right) {
-        if (out > 0) changes.left.add(s[out - 1], counts_[w], w);
+        if (out > 0) left_.add(s[out - 1], counts_[w], w);
         i += 2;
         s[out++] = m.result;
-        if (i < n) changes.right.add(s[i], counts_[w], w);
+        if (i < n) right_.add(s[i], counts_[w], w);
       } else {
         s[out++] = s[i++];
       }
@@ -114,34 +140,23 @@ void MergeLoop::apply(const BpeMerger::Merge& m) {
   // Counts first, all of them; then an item for every pair that was formed.
   std::vector<std::pair<uint64_t, Where>> formed;
   Where both;  // of (c, c), which is formed on either side
-  const auto collect = [&](Side Changes::*which, auto&& lost_pair, auto&& won_pair) {
-    std::vector<int32_t> touched;
-    for (Changes& c : changes_) touched.insert(touched.end(), (c.*which).touched.begin(), (c.*which).touched.end());
-    std::sort(touched.begin(), touched.end());
-    touched.erase(std::unique(touched.begin(), touched.end()), touched.end());
-    for (const int32_t x : touched) {
+  const auto collect = [&](Side& side, auto&& lost_pair, auto&& won_pair) {
+    std::sort(side.touched.begin(), side.touched.end());
+    for (const int32_t x : side.touched) {
       const auto k = static_cast<size_t>(x);
-      int64_t changed = 0;
-      Where where;
-      for (Changes& c : changes_) {
-        Side& side = c.*which;
-        changed += std::exchange(side.changed[k], 0);
-        if (where.empty()) where = std::exchange(side.where[k], {});
-        else where.insert(where.end(), side.where[k].begin(), side.where[k].end());
-        side.where[k].clear();
-      }
+      const int64_t changed = std::exchange(side.changed[k], 0);
+      Where where = std::exchange(side.where[k], {});
       pair_counts_[lost_pair(x)] -= changed;
       pair_counts_[won_pair(x)] += changed;
       if (x == m.result) both.insert(both.end(), where.begin(), where.end());
       else formed.emplace_back(won_pair(x), std::move(where));
     }
-    for (Changes& c : changes_) (c.*which).touched.clear();
+    side.touched.clear();
   };
   collect(
-      &Changes::left, [&](int32_t x) { return pair_key(x, m.left); }, [&](int32_t x) { return pair_key(x, m.result); });
+      left_, [&](int32_t x) { return pair_key(x, m.left); }, [&](int32_t x) { return pair_key(x, m.result); });
   collect(
-      &Changes::right, [&](int32_t x) { return pair_key(m.right, x); },
-      [&](int32_t x) { return pair_key(m.result, x); });
+      right_, [&](int32_t x) { return pair_key(m.right, x); }, [&](int32_t x) { return pair_key(m.result, x); });
   if (!both.empty()) {
     std::sort(both.begin(), both.end());
     both.erase(std::unique(both.begin(), both.end()), both.end());
@@ -154,7 +169,6 @@ void MergeLoop::run(int32_t vocab_size, int64_t min_frequency) {
   count_pairs();
   const auto start = static_cast<int64_t>(tokens_.size());
   Progress progress("train tokenizer", vocab_size - start, "merges");
-  changes_.resize(static_cast<size_t>(num_threads()));
   while (static_cast<int64_t>(tokens_.size()) < vocab_size && !queue_.empty()) {
     std::pop_heap(queue_.begin(), queue_.end());
     Item top = queue_.back();
@@ -174,18 +188,11 @@ void MergeLoop::run(int32_t vocab_size, int64_t min_frequency) {
     if (is_new) tokens_.push_back(std::move(token));
     merges_.push_back(m);
 
-    for (Changes& c : changes_) c.fit(tokens_.size());
+    left_.fit(tokens_.size());
+    right_.fit(tokens_.size());
     const Where where = std::exchange(lists_[top.where], {});
     free_lists_.push_back(top.where);
-    if (where.size() < kParallelWords) {
-      merge_words(where.data(), where.data() + where.size(), m, changes_[0]);
-    } else {
-      parallel_team([&](int t, int n) {
-        const size_t begin = where.size() * static_cast<size_t>(t) / static_cast<size_t>(n);
-        const size_t end = where.size() * static_cast<size_t>(t + 1) / static_cast<size_t>(n);
-        merge_words(where.data() + begin, where.data() + end, m, changes_[static_cast<size_t>(t)]);
-      });
-    }
+    merge_words(where, m);
     apply(m);
     progress.set(static_cast<int64_t>(tokens_.size()) - start);
   }

@@ -17,12 +17,26 @@
 
 namespace mm {
 
+// Counts by pair, 16 bytes a slot; pairs are never removed.
+class PairCounts {
+ public:
+  int64_t& operator[](uint64_t pair);  // 0 if new; valid until the next call
+
+ private:
+  struct Slot {
+    uint64_t pair;
+    int64_t count;
+  };
+  std::vector<Slot> slots_;  // open addressing, a power of two
+  size_t used_ = 0;
+};
+
 class MergeLoop {
  public:
   // tokens: the vocabulary so far (printable alphabet), the 256 bytes among them.
   MergeLoop(const std::array<int32_t, 256>& byte_ids, std::vector<std::string> tokens);
   void add_word(std::string_view bytes, int64_t count);
-  void run(int32_t vocab_size, int64_t min_frequency);  // once; uses the thread team
+  void run(int32_t vocab_size, int64_t min_frequency);  // once
   const std::vector<std::string>& tokens() const { return tokens_; }
   std::vector<BpeMerger::Merge> merges() const;  // in rank order; a pair merged twice counts where it came last
 
@@ -40,16 +54,13 @@ class MergeLoop {
     std::vector<int64_t> changed;  // by x: how many (weighed by the words' counts)
     std::vector<Where> where;      // by x: in which words
     std::vector<int32_t> touched;  // the x concerned
-    void add(int32_t x, int64_t count, uint32_t word);
-  };
-  struct Changes {
-    Side left, right;
     void fit(size_t symbols);
+    void add(int32_t x, int64_t count, uint32_t word);
   };
 
   void count_pairs();
   void push(uint64_t pair, Where where);
-  void merge_words(const uint32_t* begin, const uint32_t* end, const BpeMerger::Merge& m, Changes& changes);
+  void merge_words(const Where& words, const BpeMerger::Merge& m);
   void apply(const BpeMerger::Merge& m);
 
   std::array<int32_t, 256> byte_ids_;
@@ -62,11 +73,11 @@ class MergeLoop {
   std::vector<uint32_t> lengths_;
   std::vector<int64_t> counts_;
 
-  std::unordered_map<uint64_t, int64_t> pair_counts_;
+  PairCounts pair_counts_;
   std::vector<Item> queue_;  // a heap
   std::vector<Where> lists_;
   std::vector<uint32_t> free_lists_;
-  std::vector<Changes> changes_;  // by thread
+  Side left_, right_;
 };
 
 }  // namespace mm

@@ -1,6 +1,5 @@
 #include "text/bpe_trainer.h"
 
-#include "base/rng.h"
 #include "base/thread_team.h"
 #include "text/chat_template.h"
 #include "text/text_test_files.h"
@@ -82,28 +81,6 @@ TEST(BpeTrainer, SameAsHfForAnyNumberOfThreads) {
     EXPECT_EQ(got.chat_template, minimind_chat_template());
   }
   set_num_threads(threads);
-}
-
-TEST(BpeTrainer, ManyWordsGoThroughTheParallelPath) {
-  // More than 4096 distinct words hold the first pairs, so their merges are split over the team.
-  Rng rng{4};
-  std::vector<std::string> texts(3000);
-  for (std::string& t : texts) {
-    for (int w = 0; w < 20; w++) {
-      t += ' ';
-      for (int k = 0; k < 8; k++) t += static_cast<char>('a' + rng.below(5));
-    }
-  }
-  BpeTrainerOptions options;
-  options.vocab_size = 700;
-  const int threads = num_threads();
-  set_num_threads(1);
-  const TokenizerSpec one = spec_of(train(texts, options), "one");
-  set_num_threads(4);
-  const TokenizerSpec four = spec_of(train(texts, options), "four");
-  set_num_threads(threads);
-  expect_same(four, one);
-  EXPECT_EQ(one.tokens.size(), 700u);
 }
 
 TEST(BpeTrainer, StaysWithinItsMemory) {
