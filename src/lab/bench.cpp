@@ -36,8 +36,6 @@ static TokenBatch random_batch(const TrainBenchOptions& o) {
 
 ordered_json bench_train(const TrainBenchOptions& o) {
   const double peak = measure_peak_flops(o.device), bandwidth = measure_bandwidth(o.device);
-  rusage before{};
-  getrusage(RUSAGE_SELF, &before);
   const std::unique_ptr<Model> model = Model::random(o.config, 1);
   Profiler profiler;
   Device profiled = o.device;
