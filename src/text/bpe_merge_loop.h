@@ -4,6 +4,9 @@
 // the words where the pair appeared then). The top is the highest count, then the smallest pair of ids. An item whose
 // count has changed goes back with the new one. A merge pushes an item for each pair that it formed, with the words
 // concerned.
+//
+// One thread: most merges touch few words, and a barrier each cost more than a team saved (20 s against 4 for 6,100
+// merges of 840,000 words, with 4 threads on 4 cores that had other work too).
 #pragma once
 
 #include <array>
