@@ -84,8 +84,8 @@ def pretrain(arch, data, tokenizer, out, steps=12):
     """A few optimizer steps from random weights; `out` is a model folder afterwards."""
     config = out.parent / f"{out.name}.json"
     config.write_text(json.dumps(CONFIGS[arch]))
-    output("pretrain", "--data", data, "--tokenizer", tokenizer, "--model-config", config, "--output", out,
-           "--max-steps", steps, "--batch-size", 4, "--seq-len", 64, "--lr", 1e-3)
+    output("pretrain", "--data", data, "--tokenizer", tokenizer, "--preset", config, "--output", out,
+           "--steps", steps, "--batch-size", 4, "--accumulation-steps", 1, "--seq-len", 64, "--lr", 1e-3)
     return out
 
 

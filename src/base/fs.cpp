@@ -65,16 +65,26 @@ void fsync_dir(const std::string& dir) {
 AtomicFile::AtomicFile(std::string path) : path_(std::move(path)) {
   static std::atomic<unsigned> counter{0};
   const std::string parent = stdfs::path(path_).parent_path().string();
+  for (stdfs::path p = parent; !p.empty() && !dir_exists(p.string()); p = p.parent_path()) made_.push_back(p.string());
   if (!parent.empty()) make_dirs(parent);
   tmp_ = fmt::format("{}.tmp.{}.{}", path_, ::getpid(), counter++);
   fd_ = ::open(tmp_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
-  if (fd_ < 0) throw system_error("cannot create", path_);
+  if (fd_ < 0) {
+    const Error e = system_error("cannot create", path_);
+    abandon();
+    throw e;
+  }
+}
+
+void AtomicFile::abandon() {
+  ::unlink(tmp_.c_str());
+  for (const auto& dir : made_) ::rmdir(dir.c_str());
 }
 
 AtomicFile::~AtomicFile() {
   if (fd_ >= 0) {
     ::close(fd_);
-    ::unlink(tmp_.c_str());
+    abandon();
   }
 }
 
@@ -92,14 +102,15 @@ void AtomicFile::write(const void* data, size_t n) {
 void AtomicFile::commit() {
   if (::fsync(fd_) != 0) throw system_error("fsync failed (is the disk full?)", path_);
   if (::close(fd_) != 0) {
+    const Error e = system_error("close failed (is the disk full?)", path_);
     fd_ = -1;
-    ::unlink(tmp_.c_str());
-    throw system_error("close failed (is the disk full?)", path_);
+    abandon();
+    throw e;
   }
   fd_ = -1;
   if (::rename(tmp_.c_str(), path_.c_str()) != 0) {
     const Error e = system_error("rename failed", path_);
-    ::unlink(tmp_.c_str());
+    abandon();
     throw e;
   }
   fsync_dir(stdfs::path(path_).parent_path().string());

@@ -5,6 +5,7 @@
 #include <functional>
 #include <string>
 #include <string_view>
+#include <vector>
 
 namespace mm {
 
@@ -12,7 +13,8 @@ namespace mm {
 std::string read_file(const std::string& path, uint64_t max_bytes = uint64_t{1} << 30);
 
 // Writes to a temporary in the same folder, fsyncs it, renames it over `path` and fsyncs the folder. On any failure the
-// temporary is removed, `path` keeps its old content and an Error is thrown. Creates missing parent folders.
+// temporary is removed, `path` keeps its old content and an Error is thrown. Creates missing parent folders, and
+// removes them again on failure if they are still empty.
 class AtomicFile {
  public:
   explicit AtomicFile(std::string path);
@@ -24,7 +26,9 @@ class AtomicFile {
   void commit();
 
  private:
+  void abandon();
   std::string path_, tmp_;
+  std::vector<std::string> made_;  // folders that the constructor made, the deepest first
   int fd_ = -1;
 };
 

@@ -43,6 +43,11 @@ TEST_F(Fs, UncommittedFileLeavesNothingAndKeepsTheOld) {
     file.write("half");
   }
   EXPECT_EQ(files(), 0u);
+  {
+    AtomicFile file(path_join(dir_, "a/b/x"));
+    file.write("half");
+  }
+  EXPECT_EQ(files(), 0u);  // nor the folders made for it
   write_file(path, "old");
   {
     AtomicFile file(path);

@@ -2,6 +2,7 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "base/error.h"
 #include "base/fs.h"
@@ -165,6 +166,9 @@ void run_training(TrainFlags f, const Globals& globals) {
   t.loader.packed = !f.padded;
   t.loader.seed = t.seed;
   t.schedule.kind = schedule_kind_from_name(f.schedule);
+  Schedule plan = t.schedule;  // before the data is read; the trainer checks again with the true number of steps
+  plan.total_steps = t.max_steps > 0 ? t.max_steps : std::numeric_limits<int64_t>::max();
+  check_schedule(plan);
   t.non_finite = non_finite_policy_from_name(f.on_nan);
   t.device.matmul = dtype_from_name(f.dtype);
   if (t.device.matmul == DType::bf16 && !matmul_bf16_available()) {

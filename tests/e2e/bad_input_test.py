@@ -24,9 +24,9 @@ COMMANDS = {
     "decode": "tokenizer decode --tokenizer {tokenizer} --jsonl",
     "template": "tokenizer template --tokenizer {tokenizer} --jsonl",
     "tokenizer": "tokenizer train --data {data} --vocab-size 300 --output {out}",
-    "pretrain": "pretrain --data {data} --tokenizer {tokenizer} --model-config {config} --output {out} --max-steps 2 "
-                "--batch-size 2 --seq-len 64",
-    "sft": "sft --data {chats} --model {model} --output {out} --max-steps 2 --batch-size 2 --seq-len 64",
+    "pretrain": "pretrain --data {data} --tokenizer {tokenizer} --preset {config} --output {out} --steps 2 "
+                "--batch-size 2 --seq-len 64 --threads 1 --quiet",
+    "sft": "sft --data {chats} --model {model} --output {out} --steps 2 --batch-size 2 --seq-len 64 --threads 1 --quiet",
     "info": "model info --model {model} --json",
     "check": "data check {data}",
 }
@@ -141,6 +141,10 @@ def reshape(tensors):
     tensors["model.layers.0.self_attn.k_proj.weight"] = np.zeros((8, 64), np.float32)
 
 
+def smaller_vocabulary(tensors):
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:390].copy()
+
+
 def to_int(tensors):
     tensors["model.norm.weight"] = np.zeros(64, np.int64)
 
@@ -156,13 +160,16 @@ TABLE = [
     ("unknown_flag", "ppl", flags("--bogus 1"), "--bogus"),
     ("flag_not_a_number", "ppl", flags("--threads many"), "threads"),
     ("flag_out_of_range", "ppl", flags("--threads -1"), "threads"),
-    ("unknown_config_key", "pretrain", toml("learnign_rate = 1\n"), "learnign_rate"),
-    ("config_not_toml", "pretrain", toml("= = [\n"), "flags.toml|config|="),
+    ("unknown_config_key", "pretrain", toml("learnign_rate = 1\n"), "learnign-rate"),
+    ("config_not_toml", "pretrain", toml("# flags\n= = [\n"), "flags.toml:2"),
+    ("config_section", "pretrain", toml("[train]\nlr = 1e-3\n"), "flags.toml:1"),
+    ("config_bad_value", "pretrain", toml("lr = \"high\"\n"), "lr.*high"),
     ("config_missing", "pretrain", flags("--config /nowhere.toml"), "/nowhere.toml"),
     ("max_len_zero", "ppl", flags("--max-len 0"), "max-len"),
     ("batch_zero", "pretrain", flags("--batch-size 0"), "batch-size"),
-    ("lr_nan", "pretrain", flags("--lr nan"), "lr"),
+    ("lr_nan", "pretrain", flags("--lr nan"), "learning rate|--lr"),
     ("lr_negative", "pretrain", flags("--lr -1"), "lr"),
+    ("warmup_too_long", "pretrain", flags("--warmup-steps 2"), "warm-up.*2"),
     ("vocab_too_small", "tokenizer", flags("--vocab-size 10"), "vocab"),
     # model folders
     ("no_model", "ppl", path("model", "/nowhere/model"), "/nowhere/model"),
@@ -206,7 +213,8 @@ TABLE = [
     ("tokenizer_huge_id", "encode", tokenizer(json_change(lambda t: t["model"]["vocab"].update({"zz": 2**40}))), "tokenizer.json"),
     ("tokenizer_id_twice", "encode", tokenizer(json_change(lambda t: t["model"]["vocab"].update({"zzzz": 300}))), "tokenizer.json"),
     ("tokenizer_bad_utf8", "encode", tokenizer(lambda c: c.replace(b"<|im_end|>", b"<|im_\xff|>")), "tokenizer.json"),
-    ("tokenizer_beyond_model", "ppl", broken_model(config={"vocab_size": 390}), "vocab"),
+    ("tokenizer_beyond_model", "ppl", broken_model(config={"vocab_size": 390}, weights=smaller_vocabulary), "tokenizer.*390|390.*tokenizer"),
+    ("tokenizer_beyond_preset", "pretrain", config(vocab_size=390), "vocab_size.*400.*390"),
     # data
     ("no_data", "ppl", path("data", "/nowhere.jsonl"), "/nowhere.jsonl"),
     ("data_is_a_folder", "pretrain", path("data", "/tmp"), "/tmp"),
@@ -325,6 +333,14 @@ def test_refused(command, broken, words, good, tmp_path):
     run = minimind(*args, stdin=STDIN.get(command, ""))
     assert_refused(run, words)
     assert run.stdout == "" and tree(tmp_path) == before, sorted(tree(tmp_path))
+
+
+def test_config_file(good, tmp_path):
+    """Its flags count, lists and switches too, and flags of the command line win."""
+    (tmp_path / "flags.toml").write_text(f'# for eval\ndata = ["{good["data"]}"]\nmax_len = 8\njson = true\n')
+    args = ["eval", "ppl", "--config", tmp_path / "flags.toml", "--model", good["model"]]
+    short, long = minimind(*args), minimind(*args, "--max-len", "64")
+    assert json.loads(short.stdout)["targets"] < json.loads(long.stdout)["targets"]
 
 
 @pytest.mark.parametrize("command,line,words", [row[1:] for row in LINES], ids=[row[0] for row in LINES])

@@ -91,14 +91,14 @@ def test_chat_template_equal(trained):
 
 
 def test_perplexity_equal(trained, corpus):
-    """`eval ppl`: BOS + text + EOS, each row alone, truncated; mean NLL of a target token."""
+    """`eval ppl`: BOS + text + EOS, each row alone, the text cut so that both fit; mean NLL of a target token."""
     folder = trained("llama")
     result = json.loads(output("eval", "ppl", "--model", folder, "--data", corpus, "--max-len", 40, "--json"))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     total, targets, rows = 0.0, 0, rows_of(corpus.read_text(encoding="utf-8"))
     for row in rows:
-        ids = torch.tensor([([1] + tokenizer.encode(row["text"], add_special_tokens=False) + [2])[:40]])
+        ids = torch.tensor([[1] + tokenizer.encode(row["text"], add_special_tokens=False)[:38] + [2]])
         with torch.no_grad():
             total += model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
         targets += ids.shape[1] - 1
