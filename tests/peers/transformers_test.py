@@ -7,6 +7,8 @@ from safetensors.torch import load_file, save_file
 from support import AWKWARD, CONFIGS, SHARED, output, rows_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+torch.set_num_threads(1)  # tiny models: threads would only wait for each other
+
 TOOLS = [{"type": "function", "function": {"name": "calculator", "description": "Computes",
           "parameters": {"type": "object", "properties": {"expr": {"type": "string"}}, "required": ["expr"]}}}]
 CALL = [{"name": "calculator", "arguments": {"expr": "1+1"}}]
