@@ -2,7 +2,6 @@
 
 #include <editline/readline.h>
 #include <langinfo.h>
-#include <signal.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -34,6 +33,10 @@ LineInput::LineInput(const std::string& name) : interactive_(isatty(STDIN_FILENO
   if (std::setlocale(LC_CTYPE, "") == nullptr || std::strcmp(nl_langinfo(CODESET), "UTF-8") != 0) {
     std::setlocale(LC_CTYPE, "C.UTF-8");
   }
+  // Without SA_RESTART the signal ends libedit's read, and with it the line.
+  struct sigaction action {};
+  action.sa_handler = [](int) {};
+  sigaction(SIGINT, &action, &old_interrupt_);
   rl_readline_name = "minimind";
   rl_inhibit_completion = 1;
   using_history();
@@ -43,7 +46,9 @@ LineInput::LineInput(const std::string& name) : interactive_(isatty(STDIN_FILENO
 }
 
 LineInput::~LineInput() {
-  if (!interactive_ || history_path_.empty()) return;
+  if (!interactive_) return;
+  sigaction(SIGINT, &old_interrupt_, nullptr);
+  if (history_path_.empty()) return;
   try {
     make_dirs(std::filesystem::path(history_path_).parent_path().string());
     if (const int e = write_history(history_path_.c_str()); e != 0) throw system_error("cannot write", history_path_);
@@ -55,17 +60,13 @@ LineInput::~LineInput() {
 bool LineInput::read(const std::string& prompt, std::string& line) {
   line.clear();
   if (!interactive_) return static_cast<bool>(std::getline(std::cin, line));
-  // Without SA_RESTART the signal ends libedit's read, and with it the line.
-  struct sigaction action {
-  }, old{};
-  action.sa_handler = [](int) {};
-  sigaction(SIGINT, &action, &old);
   errno = 0;
   char* typed = readline(prompt.c_str());
-  const bool interrupted = typed == nullptr && errno == EINTR;
-  sigaction(SIGINT, &old, nullptr);
-  if (interrupted) std::fputc('\n', stderr);
-  if (typed == nullptr) return interrupted;
+  if (typed == nullptr) {
+    if (errno != EINTR) return false;
+    std::fputc('\n', stderr);
+    return true;
+  }
   line = typed;
   std::free(typed);
   if (!line.empty()) add_history(line.c_str());

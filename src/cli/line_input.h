@@ -1,11 +1,14 @@
 // Lines that a person types: with editing and history on a terminal, plain otherwise.
 #pragma once
 
+#include <signal.h>
+
 #include <string>
 
 namespace mm {
 
-// One at a time in a process (libedit keeps global state).
+// One at a time in a process (libedit keeps global state). While it lives on a terminal, Ctrl-C does not end the
+// program.
 class LineInput {
  public:
   // Loads the history from $XDG_STATE_HOME/minimind/<name> (~/.local/state without it) when standard input is a
@@ -21,6 +24,7 @@ class LineInput {
 
  private:
   bool interactive_;
+  struct sigaction old_interrupt_ {};
   std::string history_path_;
 };
 

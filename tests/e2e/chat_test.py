@@ -6,6 +6,7 @@ import pty
 import re
 import select
 import subprocess
+import termios
 import time
 
 import pytest
@@ -161,6 +162,15 @@ class Terminal:
         self.bytes = self.seen.encode()
         return found
 
+    def prompt(self, seconds=60):
+        """Reads up to the next prompt and waits for the line editor behind it; what is typed before is the terminal's."""
+        found = self.until("> ", seconds)
+        end = time.time() + 60
+        while termios.tcgetattr(self.fd)[3] & termios.ICANON:
+            assert time.time() < end, "the line editor does not start"
+            time.sleep(0.005)
+        return found
+
     def type(self, text):
         os.write(self.fd, text.encode())
 
@@ -169,20 +179,10 @@ class Terminal:
         for _ in range(30):
             self.type("\x03")
             try:
-                return self.until("> ", seconds=2)
+                return self.prompt(seconds=2)
             except AssertionError:
                 pass
         raise AssertionError("Ctrl-C gives no new prompt")
-
-    def leave(self):
-        """Ctrl-D; again where it fell before the line editor had set the terminal."""
-        for _ in range(30):
-            self.type("\x04")
-            try:
-                return self.wait(seconds=2)
-            except TimeoutError:
-                pass
-        raise AssertionError("Ctrl-D does not leave")
 
     def wait(self, seconds=60):
         end = time.time() + seconds
@@ -194,25 +194,26 @@ class Terminal:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
                 return os.waitstatus_to_exitcode(status)
-        raise TimeoutError("did not end")
+        raise AssertionError("did not end")
 
 
 def test_chat_on_a_terminal(model, tmp_path):
     t = Terminal("chat", "--model", model, "--temperature", 2, "--top-k", 0, "--top-p", 1, "--max-new-tokens", 8,
                  XDG_STATE_HOME=str(tmp_path))
-    t.until("> ")
+    t.prompt()
     t.type("dropped")
     t.until("dropped")
     t.interrupt()  # a new line, the chat goes on
     t.type("你好\r")
     t.until("tok/s")
-    t.until("> ")
-    assert t.leave() == 0
+    t.prompt()
+    t.type("\x04")  # Ctrl-D
+    assert t.wait() == 0
     history = (tmp_path / "minimind/chat_history").read_text(encoding="utf-8")
     assert "你好" in history and "dropped" not in history
 
     again = Terminal("chat", "--model", model, "--max-new-tokens", 8, XDG_STATE_HOME=str(tmp_path))
-    again.until("> ")
+    again.prompt()
     again.type("\x1b[A")  # the line of the run before
     again.until("你好")
     again.interrupt()
@@ -224,16 +225,16 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_chat(model, tmp_path):
     # The model is tiny and its context short: draws at a high temperature rarely end early, but it may, so try a few times.
     t = Terminal("chat", "--model", model, "--temperature", 5, "--top-k", 0, "--top-p", 1, "--max-new-tokens", 100000,
                  XDG_STATE_HOME=str(tmp_path))
-    t.until("> ")
+    t.prompt()
     for _ in range(20):
         t.type("/reset\r")
         t.until("forgotten")
-        t.until("> ")
+        t.prompt()
         t.type("tell me\r")
         t.until("tell me")
         t.type("\x03")
         shown = t.until("tok/s")
-        if "cancelled" in shown + t.until("> "):
+        if "cancelled" in shown + t.prompt():
             break
     else:
         raise AssertionError("no answer was cancelled")
