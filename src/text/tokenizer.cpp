@@ -7,6 +7,7 @@
 
 #include "base/error.h"
 #include "base/fs.h"
+#include "base/json.h"
 #include "base/thread_team.h"
 #include "text/added_tokens.h"
 #include "text/bpe.h"
@@ -192,9 +193,19 @@ Tokenizer Tokenizer::load(const std::string& path) {
     throw Error(path, "a folder with tokenizer.json", "none", "train one with `minimind tokenizer train`");
   }
   const size_t slash = file.rfind('/');
-  const std::string config =
-      slash == std::string::npos ? "tokenizer_config.json" : file.substr(0, slash + 1) + "tokenizer_config.json";
-  return from_json(read_file(file), file_exists(config) ? read_file(config) : "", file);
+  const std::string dir = slash == std::string::npos ? "" : file.substr(0, slash + 1);
+  std::string config = file_exists(dir + "tokenizer_config.json") ? read_file(dir + "tokenizer_config.json") : "";
+  if (file_exists(dir + "chat_template.jinja")) {  // where newer transformers keep the template; it wins there too
+    ordered_json fields = config.empty() ? ordered_json::object() : parse_json(config, dir + "tokenizer_config.json");
+    if (!fields.is_object()) throw Error(dir + "tokenizer_config.json", "a JSON object", json_type_name(fields));
+    fields["chat_template"] = read_file(dir + "chat_template.jinja", 16 << 20);
+    try {
+      config = fields.dump(2);
+    } catch (const json::exception&) {
+      throw Error(dir + "chat_template.jinja", "UTF-8 text", "invalid bytes");
+    }
+  }
+  return from_json(read_file(file), config, file);
 }
 
 void Tokenizer::save(const std::string& dir) const {

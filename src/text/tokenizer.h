@@ -18,7 +18,8 @@ struct TokenizerSpec;
 // Immutable and cheap to copy (shared); every const method may be called from any thread.
 class Tokenizer {
  public:
-  // `path`: a folder with tokenizer.json (and tokenizer_config.json where present), or the tokenizer.json itself.
+  // `path`: a folder with tokenizer.json (and tokenizer_config.json, chat_template.jinja where present), or the
+  // tokenizer.json itself.
   static Tokenizer load(const std::string& path);
   static Tokenizer from_json(std::string_view tokenizer_json, std::string_view config_json, const std::string& where);
   static Tokenizer from_spec(const TokenizerSpec& spec);  // what the trainer makes

@@ -152,6 +152,20 @@ TEST(Tokenizer, SavedFilesReadBackEqual) {
   check_encode_rows(read, kGolden + "/encode.jsonl", 189);
 }
 
+TEST(Tokenizer, ReadsTheTemplateFromItsOwnFile) {
+  const std::string dir = testing::TempDir() + "mm_tokenizer_jinja";
+  make_dirs(dir);
+  write_file(dir + "/tokenizer.json", read_file(kGolden + "/tokenizer.json"));
+  write_file(dir + "/chat_template.jinja", "{{ 1 }}\n");
+  EXPECT_EQ(Tokenizer::load(dir).chat_template(), "{{ 1 }}\n");
+  write_file(dir + "/tokenizer_config.json", "{\"eos_token\": \"<|im_end|>\", \"chat_template\": \"old\"}");
+  const Tokenizer both = Tokenizer::load(dir);
+  EXPECT_EQ(both.chat_template(), "{{ 1 }}\n");
+  EXPECT_EQ(both.eos_id(), 2);
+  write_file(dir + "/chat_template.jinja", "\xff");
+  EXPECT_NE(error_of([&] { Tokenizer::load(dir); }).find("chat_template.jinja"), std::string::npos);
+}
+
 TEST(Tokenizer, MergesAsStringsAreTheSame) {
   ordered_json file = load_json(kGolden + "/tokenizer.json");
   for (ordered_json& m : file["model"]["merges"]) m = m[0].get<std::string>() + " " + m[1].get<std::string>();
