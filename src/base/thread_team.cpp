@@ -1,11 +1,9 @@
 #include "base/thread_team.h"
 
 #include <sched.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <exception>
 
 #ifdef _OPENMP
@@ -36,12 +34,6 @@ void set_num_threads(int n) {
   omp_set_num_threads(g_threads);
 }
 
-void shorten_thread_waits(char** argv) {
-  if (std::getenv("GOMP_SPINCOUNT") != nullptr || std::getenv("OMP_WAIT_POLICY") != nullptr) return;
-  ::setenv("GOMP_SPINCOUNT", "3000", 1);
-  ::execv("/proc/self/exe", argv);  // comes back only where it is refused; then the long spin stays
-}
-
 namespace detail {
 
 void run_team(void (*fn)(void*, int, int), void* ctx) {
@@ -68,7 +60,6 @@ void run_team(void (*fn)(void*, int, int), void* ctx) {
 #else  // built without OpenMP (fuzzers): everything runs on the calling thread
 
 void set_num_threads(int) { g_threads = 1; }
-void shorten_thread_waits(char**) {}
 
 namespace detail {
 void run_team(void (*fn)(void*, int, int), void* ctx) { fn(ctx, 0, 1); }

@@ -11,13 +11,6 @@ namespace mm {
 int num_threads();
 void set_num_threads(int n);  // 0: all cores this process may use. Call before parallel work starts.
 
-// Call first in main(). At the end of every parallel region GCC's OpenMP runtime spins for up to 300,000 pauses (about
-// 15 ms on recent processors) before it sleeps. On a machine that has other work to do the spinning threads keep the
-// ones they wait for from running: training ran at a seventh of its speed, small models at a hundredth. The runtime
-// reads its settings before main(), so the program starts itself again, once, with a spin of about 0.1 ms. Does nothing
-// where GOMP_SPINCOUNT or OMP_WAIT_POLICY is set.
-void shorten_thread_waits(char** argv);
-
 namespace detail {
 void run_team(void (*fn)(void* ctx, int thread, int n_threads), void* ctx);
 void run_dynamic(int64_t n, void (*fn)(void* ctx, int64_t i, int thread), void* ctx);
