@@ -62,6 +62,18 @@ void require_false(const Node& parent, const char* key) {
   if (parent.flag(key, false)) unsupported(parent.at(key), "false");
 }
 
+// These move offsets and add BOS or EOS around a text; encode() does neither, as its contract says.
+void check_post_processor(const Node& post) {
+  const json type = post.value->is_object() ? post.value->value("type", json()) : json();
+  if (type == "Sequence") {
+    const Node list = post.at("processors");
+    if (!list.value->is_array()) throw Error(list.where, "a list", list.type());
+    for (size_t i = 0; i < list.value->size(); i++) check_post_processor(list.item(i));
+  } else if (type != "ByteLevel" && type != "TemplateProcessing") {
+    unsupported(post, "null, ByteLevel, TemplateProcessing or a Sequence of them");
+  }
+}
+
 void check_features(const Node& root, const Node& model) {
   // "truncation" and "padding" shape batches and do not change what a text encodes to.
   require_null(root, "normalizer");
@@ -72,11 +84,7 @@ void check_features(const Node& root, const Node& model) {
   const Node decoder = root.at("decoder");
   if (!decoder.value->is_object() || decoder.value->value("type", json()) != "ByteLevel")
     unsupported(decoder, "ByteLevel");
-  if (root.has("post_processor")) {
-    const Node post = root.at("post_processor");
-    if (!post.value->is_object() || post.value->value("type", json()) != "ByteLevel")
-      unsupported(post, "null or ByteLevel");
-  }
+  if (root.has("post_processor")) check_post_processor(root.at("post_processor"));
   if (model.has("type") && model.at("type").text() != "BPE") unsupported(model.at("type"), "\"BPE\"");
   if (model.has("dropout") && *model.at("dropout").value != 0.0) unsupported(model.at("dropout"), "null");
   for (const char* key : {"continuing_subword_prefix", "end_of_word_suffix"}) {

@@ -191,7 +191,8 @@ TEST(Tokenizer, ErrorsNameTheField) {
   expect(broken([](auto& f) { f["pre_tokenizer"]["add_prefix_space"] = true; }), "add_prefix_space");
   expect(broken([](auto& f) { f["pre_tokenizer"]["use_regex"] = false; }), "use_regex");
   expect(broken([](auto& f) { f["decoder"] = nullptr; }), "decoder");
-  expect(broken([](auto& f) { f["post_processor"] = {{"type", "TemplateProcessing"}}; }), "post_processor");
+  expect(broken([](auto& f) { f["post_processor"] = {{"type", "BertProcessing"}}; }), "post_processor");
+  EXPECT_EQ(broken([](auto& f) { f["post_processor"] = {{"type", "TemplateProcessing"}}; }), "");
   expect(broken([](auto& f) { f["model"]["type"] = "Unigram"; }), "model: type");
   expect(broken([](auto& f) { f["model"]["dropout"] = 0.1; }), "dropout");
   expect(broken([](auto& f) { f["model"]["byte_fallback"] = true; }), "byte_fallback");
