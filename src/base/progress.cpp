@@ -63,7 +63,6 @@ void Progress::set(int64_t done, const std::string& extra) {
 }
 
 void Progress::rate_units(int64_t units_done, std::string unit) {
-  if (rate_first_ < 0) rate_first_ = units_done;
   rate_done_ = units_done;
   rate_unit_ = std::move(unit);
 }
@@ -94,7 +93,7 @@ void Progress::draw(bool force) {
     line += fmt::format("{} {}", human_count(static_cast<double>(done_)), unit_);
   }
   if (rate_done_ >= 0) {
-    line += fmt::format("  {} {}/s", human_count(static_cast<double>(rate_done_ - rate_first_) / elapsed), rate_unit_);
+    line += fmt::format("  {} {}/s", human_count(static_cast<double>(rate_done_) / elapsed), rate_unit_);
   } else {
     line += fmt::format("  {} {}/s", human_count(speed), unit_);
   }

@@ -19,7 +19,7 @@ class Progress {
 
   void set(int64_t done, const std::string& extra = "");  // absolute position
   void rate_units(int64_t units_done,
-                  std::string unit);             // show speed in another unit (steps as position, tok/s as speed)
+                  std::string unit);             // show speed in another unit, counted from 0 (steps as position, tok/s as speed)
   void finish(const std::string& summary = "");  // final line; called by the destructor if needed
 
   static void set_quiet(bool quiet);  // --quiet: draw nothing
@@ -29,7 +29,7 @@ class Progress {
   void draw(bool force);
 
   std::string title_, unit_, rate_unit_, extra_;
-  int64_t total_ = 0, done_ = 0, first_ = -1, rate_done_ = -1, rate_first_ = -1;
+  int64_t total_ = 0, done_ = 0, first_ = -1, rate_done_ = -1;
   double start_ = 0, last_draw_ = 0;
   bool shown_ = false, finished_ = false;
 };

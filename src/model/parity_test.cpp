@@ -52,6 +52,21 @@ TokenBatch padded_batch(const std::vector<int64_t>& ids, const std::vector<int64
   return b;
 }
 
+// Smallest distance, over tokens and layers, between the scores of the last chosen and the first rejected expert.
+double smallest_routing_gap(const ModelConfig& c, const Activations& acts) {
+  double gap = 1;
+  for (const LayerActs& a : acts.layers) {
+    for (int64_t t = 0; t < a.scores.rows(); t++) {
+      const float* p = a.scores.f32() + t * c.num_experts;
+      std::vector<float> sorted(p, p + c.num_experts);
+      std::sort(sorted.rbegin(), sorted.rend());
+      const auto k = static_cast<size_t>(c.num_experts_per_tok);
+      if (k < sorted.size()) gap = std::min(gap, static_cast<double>(sorted[k - 1] - sorted[k]));
+    }
+  }
+  return gap;
+}
+
 struct Step {
   double loss = 0, aux = 0;
 };
@@ -170,16 +185,23 @@ TEST_P(Parity, AdamWCurve) {
     Activations once(model_->config, batch.n_tok(), true);
     loss_and_grads(dev_, *model_, batch, once, head, grads);
   }
+  // A token whose two best experts are closer than fp32 rounding (here 7e-7 at step 18 and 3e-6 at step 27 of moe_top1,
+  // against 1e-4 in other steps) may take either, and the curves part by the third digit. The ref device sums in
+  // double, takes PyTorch's side and is held to every step; the fast kernels are held to every step up to the first
+  // such tie, and to 1e-3 (two such forks) after it.
+  bool tied = false;
   for (int64_t step = 1; step <= steps; step++) {
     const std::vector<int64_t> ids(tokens.begin() + (step - 1) * per_step, tokens.begin() + step * per_step);
     if (step > 1 || !carried) ops::zero(dev_, grads.flat());
     const Step s = loss_and_grads(dev_, *model_, padded_batch(ids, ids, rows), acts, head, grads);
     const auto i = static_cast<size_t>(step - 1);
     const double want = train["loss"][i].get<double>(), norm = std::sqrt(ops::sum_sq(dev_, grads.flat()));
-    EXPECT_NEAR(s.loss, want, 1e-4 * want) << "step " << step;
+    if (model_->config.is_moe() && dev_.kind != DeviceKind::ref)
+      tied = tied || smallest_routing_gap(model_->config, acts) < 4e-6;
+    EXPECT_NEAR(s.loss, want, (tied ? 1e-3 : 1e-4) * want) << "step " << step;
     EXPECT_NEAR(s.aux, train["aux_loss"][i].get<double>(), 1e-5) << "step " << step;
     const double want_norm = train["grad_norm_before_clip"][i].get<double>();
-    EXPECT_NEAR(norm, want_norm, 2e-3 * want_norm) << "step " << step;
+    EXPECT_NEAR(norm, want_norm, (tied ? 1e-2 : 2e-3) * want_norm) << "step " << step;
     const double base = train["base_lr"].get<double>();
     AdamWArgs a{
         .lr = base * (0.1 + 0.45 * (1 + std::cos(M_PI * static_cast<double>(step) / static_cast<double>(steps)))),
@@ -197,7 +219,7 @@ TEST_P(Parity, AdamWCurve) {
       diff += std::pow(static_cast<double>(model_->weights.view(spec).f32()[i]) - w[i], 2);
       sum += std::pow(static_cast<double>(w[i]), 2);
     }
-    EXPECT_LE(std::sqrt(diff), 2e-3 * std::sqrt(sum)) << spec.hf_name;
+    EXPECT_LE(std::sqrt(diff), (tied ? 1e-2 : 2e-3) * std::sqrt(sum)) << spec.hf_name;
   }
 }
 
@@ -208,6 +230,7 @@ std::vector<Case> cases() {
       out.push_back({dir, name, DeviceKind::cpu});
   }
   for (const char* name : {"qwen3", "moe_top2"}) out.push_back({golden_dir, name, DeviceKind::ref});
+  out.push_back({oracle_dir, "moe_top1", DeviceKind::ref});
   return out;
 }
 
