@@ -43,13 +43,22 @@ class Bf16Matmul {
       ops.append_sum(1.0f);
       attr.set_post_ops(ops);
     }
-    matmul_ = dnnl::matmul(dnnl::matmul::primitive_desc(dnnl::matmul::desc(a_, b_, c_), attr, engine()));
+    // One scratchpad for all shapes: each primitive's own would add up to hundreds of megabytes over the token counts
+    // of a run.
+    attr.set_scratchpad_mode(dnnl::scratchpad_mode::user);
+    const dnnl::matmul::primitive_desc pd(dnnl::matmul::desc(a_, b_, c_), attr, engine());
+    scratchpad_ = pd.scratchpad_desc();
+    matmul_ = dnnl::matmul(pd);
   }
   void run(const uint16_t* a, const uint16_t* b, float* c) const {
     using dnnl::memory;
     memory ma(a_, engine(), const_cast<uint16_t*>(a)), mb(b_, engine(), const_cast<uint16_t*>(b)), mc(c_, engine(), c);
+    const size_t pad = scratchpad_.get_size();
+    auto base = reinterpret_cast<uintptr_t>(thread_scratch(2, pad / sizeof(float) + 64));
+    memory scratch(scratchpad_, engine(), reinterpret_cast<void*>((base + 127) / 128 * 128));
     static dnnl::stream stream(engine());
-    matmul_.execute(stream, {{DNNL_ARG_SRC, ma}, {DNNL_ARG_WEIGHTS, mb}, {DNNL_ARG_DST, mc}});
+    matmul_.execute(stream,
+                    {{DNNL_ARG_SRC, ma}, {DNNL_ARG_WEIGHTS, mb}, {DNNL_ARG_DST, mc}, {DNNL_ARG_SCRATCHPAD, scratch}});
     stream.wait();
   }
 
@@ -58,7 +67,7 @@ class Bf16Matmul {
     static dnnl::engine e(dnnl::engine::kind::cpu, 0);
     return e;
   }
-  dnnl::memory::desc a_, b_, c_;
+  dnnl::memory::desc a_, b_, c_, scratchpad_;
   dnnl::matmul matmul_;
 };
 
