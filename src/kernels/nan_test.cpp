@@ -64,6 +64,24 @@ TEST_F(NanVisible, Linear) {
   }
 }
 
+// Scratch that an earlier call left full of NaN must not reach the next one.
+TEST_F(NanVisible, LinearLeavesNoneBehind) {
+  const int64_t n = 32, k = 48, many = 64, few = 5;
+  for (const bool bf16 : {false, matmul_bf16_available()}) {
+    const std::vector<float> bad_x(static_cast<size_t>(many * k), nan), bad_dy(static_cast<size_t>(many * n), nan);
+    const auto x = random(few * k, 1), w = random(n * k, 2), dy = random(few * n, 3);
+    auto y = buffer(many * n), dx = buffer(many * k), dw = buffer(n * k);
+    const KernelTable& kernels = cpu_kernels();
+    kernels.linear_fwd(y.data(), n, bad_x.data(), k, w.data(), many, n, k, false, bf16);
+    kernels.linear_bwd(dx.data(), k, dw.data(), bad_dy.data(), n, bad_x.data(), k, w.data(), many, n, k, false, bf16);
+    EXPECT_TRUE(all_nan(y, 0, many * n) && all_nan(dx, 0, many * k) && all_nan(dw, 0, n * k));
+    std::fill(dw.begin(), dw.end(), 0.0f);
+    kernels.linear_fwd(y.data(), n, x.data(), k, w.data(), few, n, k, false, bf16);
+    kernels.linear_bwd(dx.data(), k, dw.data(), dy.data(), n, x.data(), k, w.data(), few, n, k, false, bf16);
+    EXPECT_TRUE(all_finite(y, 0, few * n) && all_finite(dx, 0, few * k) && all_finite(dw, 0, n * k));
+  }
+}
+
 TEST_F(NanVisible, Norms) {
   const int64_t n = 3, d = 37;
   for_each_place(

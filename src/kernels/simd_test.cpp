@@ -194,6 +194,26 @@ TEST(Simd, ExpOfExtremes) {
   }
 }
 
+TEST(Simd, SoftmaxOfFarAwayScores) {
+  const std::vector<int32_t> target{3};
+  for (const auto& [isa, simd] : simd_tables()) {
+    for (const float x : {-1e4f, -200.0f, 200.0f, 1e4f}) {  // exp of them under- or overflows
+      for (const int64_t n : {5, 16, 37}) {
+        std::vector<float> s(static_cast<size_t>(n), x);
+        float logp = 0, lse = 0, inv = 0;
+        const double log_n = std::log(static_cast<double>(n));
+        simd->logprob_fwd(&logp, &lse, s.data(), target.data(), 1, n);
+        EXPECT_NEAR(logp, -log_n, rounding(log_n)) << isa_name(isa) << " " << x;
+        EXPECT_NEAR(lse, x + log_n, rounding(std::abs(x) + log_n)) << isa_name(isa) << " " << x;
+        simd->softmax_row(s.data(), n, n, &lse, &inv);
+        EXPECT_EQ(s, std::vector<float>(s.size(), 1.0f)) << isa_name(isa) << " " << x;
+        EXPECT_NEAR(inv, 1.0 / static_cast<double>(n), rounding(1));
+        EXPECT_NEAR(lse, x + log_n, rounding(std::abs(x) + log_n));
+      }
+    }
+  }
+}
+
 // sigmoid as swiglu shows it with up = 1: gate * sigmoid(gate).
 TEST(Simd, SigmoidOverItsWholeRange) {
   const int64_t f = 200001;
