@@ -57,6 +57,7 @@ static int run(int argc, char** argv) {
   app.require_subcommand(1);
   app.option_defaults()->always_capture_default();
   Globals globals;
+  add_demo_command(app, globals);
   add_tokenizer_commands(app, globals);
   add_data_commands(app, globals);
   add_train_commands(app, globals);

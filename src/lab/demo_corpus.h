@@ -41,6 +41,8 @@ bool demo_pair_held_out(uint64_t seed, int a, int b);
 
 // `count` additions of held-out pairs in the wordings of the training set, half Chinese, half English.
 std::vector<DemoQuestion> demo_addition_questions(const DemoCorpusOptions& options, int64_t count);
+// `count` problems a + b - c whose first step is such an addition.
+std::vector<DemoQuestion> demo_two_step_questions(const DemoCorpusOptions& options, int64_t count);
 // `count` facts, each asked in a wording that the training set never uses for that fact.
 std::vector<DemoQuestion> demo_fact_questions(const DemoCorpusOptions& options, int64_t count);
 

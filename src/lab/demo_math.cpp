@@ -99,12 +99,10 @@ Qa subtraction_qa(Rng& rng, bool zh, const PairFilter& held_out) {
       text(zh ? "{}-{}：{}。答案是{}。" : "{}-{}: {}. The answer is {}.", a, b, subtraction_columns(zh, a, b), a - b)};
 }
 
-Qa two_step_qa(Rng& rng, bool zh, const PairFilter& held_out, bool think) {
-  int a, b, c;
-  do {
-    std::tie(a, b) = random_pair(rng, held_out);
-    c = 10 + static_cast<int>(rng.below(90));
-  } while (c > a + b || held_out(a, c) || held_out(b, c));
+Qa two_step_qa(Rng& rng, bool zh, int a, int b, const PairFilter& held_out, bool think) {
+  int c;
+  do c = 10 + static_cast<int>(rng.below(90));
+  while (c > a + b || held_out(a, c) || held_out(b, c));
   Qa qa;
   if (chance(rng, 0.7)) {
     qa.question = text(pick(rng, zh ? kZhSteps : kEnSteps), a, b, c);

@@ -62,7 +62,8 @@ using PairFilter = std::function<bool(int, int)>;  // true: held out
 std::pair<int, int> random_pair(Rng& rng, const PairFilter& held_out);  // both in 10..99, not held out
 std::string addition_question(Rng& rng, bool zh, int a, int b);
 std::string addition_answer(bool zh, int a, int b);
-Qa two_step_qa(Rng& rng, bool zh, const PairFilter& held_out, bool think);
+// a + b - c, with a c that keeps the answer at or above zero and is held out with neither a nor b.
+Qa two_step_qa(Rng& rng, bool zh, int a, int b, const PairFilter& held_out, bool think);
 Qa subtraction_qa(Rng& rng, bool zh, const PairFilter& held_out);
 Qa number_qa(Rng& rng, bool zh, const PairFilter& held_out);  // counting, comparing, tables, copying
 

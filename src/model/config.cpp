@@ -36,13 +36,13 @@ const std::map<std::string, ModelConfig>& presets() {
     c.intermediate_size = 1408;
     m["minimind2-small"] = c;
     c = ModelConfig{};  // the demo's: learns in minutes on a few cores
-    c.hidden_size = 192;
+    c.hidden_size = 128;
     c.num_hidden_layers = 4;
-    c.num_attention_heads = 6;
+    c.num_attention_heads = 4;
     c.num_key_value_heads = 2;
     c.head_dim = 32;
-    c.intermediate_size = 512;
-    c.vocab_size = 1600;
+    c.intermediate_size = 384;
+    c.vocab_size = 2000;
     c.max_position_embeddings = 1024;
     m["demo"] = c;
     return m;
