@@ -11,7 +11,6 @@ size_t KvCache::bytes(const ModelConfig& c, int64_t n_slots, int64_t max_len) {
 KvCache::KvCache(const ModelConfig& c, int64_t n_slots, int64_t max_len)
     : n_slots_(n_slots),
       max_len_(max_len),
-      layers_(c.num_hidden_layers),
       width_(c.kv_width()),
       length_(static_cast<size_t>(n_slots), 0),
       buffer_(bytes(c, n_slots, max_len)) {

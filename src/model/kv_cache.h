@@ -35,7 +35,7 @@ class KvCache {
   void clear_batch() { plan_ = {}; }
 
  private:
-  int64_t n_slots_, max_len_, layers_, width_;
+  int64_t n_slots_, max_len_, width_;
   std::vector<int64_t> length_;
   Buffer buffer_;
   Plan plan_;
