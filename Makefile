@@ -22,13 +22,13 @@ demo: build ## train a tokenizer and a model from nothing, then chat with it
 	@build/release/minimind demo
 
 test: build .venv/light.done ## unit, golden, oracle, end-to-end tests and light Python peers
-	@$(PY) tests/run.py --build build/release --gtest --pytest tests/layers_test.py tests/interop tests/e2e
+	@$(PY) tests/run.py --build build/release --gtest --pytest tests/layers_test.py tests/docs_test.py tests/interop tests/e2e
 
 test-peers: build .venv/peers.done ## compare with torch and transformers (a large download, once)
 	@$(PY) tests/run.py --build build/release --pytest tests/peers
 
 debug-test: setup ## the unit tests under AddressSanitizer and UndefinedBehaviorSanitizer
-	@scripts/build.sh debug $(JOBS)
+	@scripts/build.sh debug $(JOBS) unit_tests
 	@python3 tests/run.py --build build/debug --gtest
 
 fuzz: setup-dev ## every libFuzzer target for FUZZ_SECONDS=10 each

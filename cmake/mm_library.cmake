@@ -48,15 +48,15 @@ function(mm_kernels)
 endfunction()
 
 function(mm_tests)
-  include(GoogleTest)
+  add_custom_target(unit_tests)
   foreach(name base tensor prof text kernels formats data model train engine eval lab)
     file(GLOB sources CONFIGURE_DEPENDS src/${name}/*_test.cpp src/${name}/*/*_test.cpp)
     if(sources)
       add_executable(${name}_test ${sources})
       target_link_libraries(${name}_test PRIVATE mm_${name} GTest::gtest_main)
       target_include_directories(${name}_test PRIVATE src tests)
-      target_compile_definitions(${name}_test PRIVATE MM_SOURCE_DIR="${CMAKE_SOURCE_DIR}"
-                                 MM_BINARY="$<TARGET_FILE:minimind>")
+      target_compile_definitions(${name}_test PRIVATE MM_SOURCE_DIR="${CMAKE_SOURCE_DIR}")
+      add_dependencies(unit_tests ${name}_test)
       add_test(NAME ${name} COMMAND ${name}_test)
       set_tests_properties(${name} PROPERTIES TIMEOUT 900)
       if(name STREQUAL "kernels")  # again on lesser instruction sets, under names of their own for the result files
