@@ -19,7 +19,8 @@ namespace fs = std::filesystem;
 
 // The recipe. Found by trying about 90 variants (docs/LOG.md): what mattered most is the corpus (sums restate their
 // operands, facts are asked already in pretraining), then small steps of 2,048 tokens and a large learning rate.
-constexpr int64_t kPretrainRows = 60000, kSftRows = 33000, kValidRows = 400;
+constexpr int64_t kPretrainRows = 60000, kSftRows = 33000;
+constexpr int64_t kValidRows = 400, kAdditions = 300, kTwoSteps = 100, kFacts = 300;
 constexpr int64_t kBatchSize = 4, kSeqLen = 512;  // packed: 2,048 tokens a step
 constexpr double kPretrainLr = 3e-3, kSftLr = 2.5e-3;
 constexpr int64_t kTokenizerRows = 20000;  // of each file; more do not change the merges
@@ -41,6 +42,12 @@ void check_options(const DemoOptions& o) {
   if (!(o.budget > 0 && o.budget <= 10))
     throw Error("--budget", "a number above 0, at most 10", fmt::format("{}", o.budget));
 }
+
+int64_t scaled(double budget, int64_t full, int64_t least) {
+  return std::max(least, static_cast<int64_t>(std::llround(static_cast<double>(full) * budget)));
+}
+
+int64_t questions(const DemoOptions& o, int64_t full) { return scaled(std::min(o.budget, 1.0), full, 10); }
 
 // True: an unfinished demo of the same options is there and goes on.
 bool prepare_output(const DemoOptions& o, const Paths& paths) {
@@ -195,13 +202,14 @@ void evaluate(const DemoOptions& o, const DemoCorpusOptions& corpus, Model& mode
   options.prefill_chunk = 1024;
   options.device = o.device;
   Generator generator(model, tokenizer, options);
-  report.additions =
-      score_demo(generator, tokenizer, demo_addition_questions(corpus, 300), DemoMatch::last_number, false);
+  report.additions = score_demo(generator, tokenizer, demo_addition_questions(corpus, questions(o, kAdditions)),
+                                DemoMatch::last_number, false);
   say(score_line("two-digit additions never seen in training", report.additions));
-  report.two_steps =
-      score_demo(generator, tokenizer, demo_two_step_questions(corpus, 100), DemoMatch::last_number, true);
+  report.two_steps = score_demo(generator, tokenizer, demo_two_step_questions(corpus, questions(o, kTwoSteps)),
+                                DemoMatch::last_number, true);
   say(score_line("a+b-c with such an a+b, thinking first", report.two_steps));
-  report.facts = score_demo(generator, tokenizer, demo_fact_questions(corpus, 300), DemoMatch::contains, false);
+  report.facts =
+      score_demo(generator, tokenizer, demo_fact_questions(corpus, questions(o, kFacts)), DemoMatch::contains, false);
   say(score_line("facts asked in words never used for them", report.facts));
 }
 
@@ -234,12 +242,14 @@ void converse(const DemoOptions& o, const DemoCorpusOptions& corpus, Model& mode
 }
 
 ordered_json stage_json(const TrainResult& r) {
-  ordered_json j{{"steps", r.steps},
-                 {"tokens", r.tokens},
-                 {"loss", r.loss},
-                 {"seconds", r.seconds},
-                 {"tokens_per_second", r.tokens_per_second},
-                 {"share_of_peak", r.share_of_peak}};
+  ordered_json j{{"steps", r.steps}};
+  if (r.tokens > 0) {  // steps were made now, and not all by an earlier, interrupted run
+    j["loss"] = r.loss;
+    j["seconds"] = r.seconds;
+    j["tokens"] = r.tokens;
+    j["tokens_per_second"] = r.tokens_per_second;
+    j["share_of_peak"] = r.share_of_peak;
+  }
   if (r.valid_nll_before) j["valid_nll_before"] = *r.valid_nll_before;
   if (r.valid_nll) j["valid_nll"] = *r.valid_nll;
   return j;
@@ -276,14 +286,13 @@ DemoReport run_demo(const DemoOptions& o, const DemoSink& say) {
   const bool resume = prepare_output(o, paths);
   DemoReport report;
   report.model = paths.sft;
-  const auto rows = [&](int64_t full) {
-    return std::max<int64_t>(100, std::llround(static_cast<double>(full) * o.budget));
-  };
 
   if (resume) say(fmt::format("going on with the demo in {}", o.output));
   say("[1/6] writing a small bilingual world as training data");
-  const DemoCorpusOptions corpus{
-      .seed = o.seed, .pretrain_rows = rows(kPretrainRows), .sft_rows = rows(kSftRows), .valid_rows = kValidRows};
+  const DemoCorpusOptions corpus{.seed = o.seed,
+                                 .pretrain_rows = scaled(o.budget, kPretrainRows, 100),
+                                 .sft_rows = scaled(o.budget, kSftRows, 100),
+                                 .valid_rows = questions(o, kValidRows)};
   const DemoCorpusFiles files = write_demo_corpus(paths.data, corpus);
   say(fmt::format("  {} texts, {} conversations in {}", corpus.pretrain_rows, corpus.sft_rows, paths.data));
 
