@@ -75,12 +75,18 @@ std::unique_ptr<Model> Model::load(const std::string& dir) {
 void Model::read_weights(const std::string& dir) {
   const SafetensorsFolder files = SafetensorsFolder::open(dir);
   std::set<std::string> used;
+  std::vector<std::pair<const TensorEntry*, View>> whole;
   for (const ParamSpec& spec : table.specs()) {
     const View dst = weights.view(spec);
     if (files.find(spec.hf_name) == nullptr && read_stacked_expert(files, spec, dst, used)) continue;
-    files.at(spec.hf_name, spec.shape).read_floats(dst);
+    whole.emplace_back(&files.at(spec.hf_name, spec.shape), dst);
     used.insert(spec.hf_name);
   }
+  // Most of the time goes into first touches of the new memory's pages and of the file's: all threads share them.
+  parallel_dynamic(static_cast<int64_t>(whole.size()), [&](int64_t i, int) {
+    const auto& [entry, dst] = whole[static_cast<size_t>(i)];
+    entry->read_floats(dst);
+  });
   for (const std::string& name : files.names()) {
     const bool known_extra = name == "lm_head.weight" || name.ends_with("rotary_emb.inv_freq") ||
                              name.ends_with("freqs_cos") || name.ends_with("freqs_sin");
