@@ -32,6 +32,7 @@ void add_eval_commands(CLI::App& app, Globals& globals);   // eval ppl
 void add_generate_command(CLI::App& app, Globals& globals);
 void add_chat_command(CLI::App& app, Globals& globals);
 void add_bench_command(CLI::App& app, Globals& globals);
+void add_plot_command(CLI::App& app, Globals& globals);
 void add_demo_command(CLI::App& app, Globals& globals);
 
 }  // namespace mm

@@ -67,6 +67,7 @@ static int run(int argc, char** argv) {
   add_model_commands(app, globals);
   add_logits_command(app, globals);
   add_bench_command(app, globals);
+  add_plot_command(app, globals);
   try {
     std::vector<std::string> args = expand_config_file({argv + 1, argv + argc});
     std::reverse(args.begin(), args.end());  // as CLI11 wants them
