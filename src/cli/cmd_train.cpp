@@ -139,7 +139,7 @@ std::unique_ptr<Model> starting_model(const TrainFlags& f, const Tokenizer& toke
                   std::to_string(f.train.loader.seq_len));
     }
   };
-  const std::string checkpoint = f.train.resume ? find_checkpoint(f.train.output) : "";
+  const std::string checkpoint = f.train.checkpoint.value_or("");
   const std::string from = !checkpoint.empty() ? checkpoint : f.init;
   std::unique_ptr<Model> model;
   if (!from.empty()) {
@@ -176,7 +176,8 @@ void run_training(TrainFlags f, const Globals& globals) {
   }
   const Tokenizer tokenizer = Tokenizer::load(f.tokenizer.empty() ? f.init : f.tokenizer);
   t.loader.pad_id = tokenizer.pad_id();
-  if (!t.resume) require_new_dir(t.output, f.overwrite);
+  if (t.resume) t.checkpoint = find_checkpoint(t.output);
+  else require_new_dir(t.output, f.overwrite);
   SampleOptions s{.kind = f.kind,
                   .max_len = t.loader.seq_len,
                   .empty_think_ratio = f.empty_think_ratio,

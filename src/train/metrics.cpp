@@ -14,12 +14,13 @@ static double wall_seconds() {
   return std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count();
 }
 
-// True for a whole line of a step that the resumed run will not write again.
+// True for a whole line of a step that the resumed run will not write again. A run from the beginning writes all again,
+// step 0 (validation before training) too.
 static bool keep_line(std::string_view line, int64_t resume_step) {
   const auto parsed = ordered_json::parse(line, nullptr, /*allow_exceptions=*/false);
   if (!parsed.is_object()) return false;
   const auto step = parsed.find("step");
-  return step != parsed.end() && step->is_number_integer() && step->get<int64_t>() <= resume_step;
+  return step != parsed.end() && step->is_number_integer() && resume_step > 0 && step->get<int64_t>() <= resume_step;
 }
 
 static void drop_later_lines(const std::string& path, int64_t resume_step) {

@@ -50,13 +50,14 @@ static std::string bad_activation(const Activations& acts, const TokenBatch& bat
 }
 
 std::string explain_non_finite(const Device& dev, Model& model, TrainStep& step,
-                               const std::vector<TokenBatch>& micro_batches, const TokenDataset& data) {
+                               const std::vector<TokenBatch>& micro_batches, int64_t number, const TokenDataset& data) {
   for (const ParamSpec& spec : model.table.specs()) {
     const int64_t i = first_bad(model.weights.view(spec));
     if (i >= 0) return fmt::format("weight {} at element {}", spec.hf_name, i);
   }
+  size_t micro = 0;
   for (const TokenBatch& batch : micro_batches) {
-    forward(dev, model, batch, step.activations());
+    forward(dev, model, batch, step.activations(), nullptr, step.dropout_key(number, micro++));
     if (const std::string s = bad_activation(step.activations(), batch, data); !s.empty()) return s;
     std::vector<float> logp(batch.targets.size());
     step.head().logprob(dev, model, step.activations().h, batch.targets, logp.data());

@@ -10,9 +10,9 @@
 namespace mm {
 
 // Explains a step that was not finite, in one line: the first bad tensor (a weight, an activation of a layer, the loss,
-// or a gradient) and, for activations, the rows of the data set it came from. Runs the forward pass again, layer by
-// layer outputs are looked at in order.
+// or a gradient) and, for activations, the row of the data set it came from. Runs the forward pass of step `number`
+// again, with the same elements dropped, and looks at the layers' outputs in order.
 std::string explain_non_finite(const Device& dev, Model& model, TrainStep& step,
-                               const std::vector<TokenBatch>& micro_batches, const TokenDataset& data);
+                               const std::vector<TokenBatch>& micro_batches, int64_t number, const TokenDataset& data);
 
 }  // namespace mm

@@ -29,11 +29,11 @@ StepResult TrainStep::accumulate(const std::vector<TokenBatch>& micro_batches, i
     r.tokens += b.n_tok();
     r.targets += std::count_if(b.targets.begin(), b.targets.end(), [](int32_t t) { return t >= 0; });
   }
-  MM_CHECK(weight > 0, "a step without targets");
   ops::zero(dev_, grads_.flat());
-  uint64_t micro = 0;
+  if (weight == 0) return r;
+  size_t micro = 0;
   for (const TokenBatch& b : micro_batches) {
-    const DropoutKey key{seed_, static_cast<uint64_t>(number) << 12 | micro++};
+    const DropoutKey key = dropout_key(number, micro++);
     const double share = static_cast<double>(b.n_tok()) / static_cast<double>(r.tokens);
     forward(dev_, model_, b, acts_, nullptr, key);
     CrossEntropy::gradient(b, weight, g_);

@@ -29,11 +29,17 @@ class TrainStep {
   TrainStep(Model& model, const Device& dev, const OptimizerOptions& options, int64_t max_tok, uint64_t seed);
 
   // Forward and backward of all micro-batches into the gradients (zeroed first); the result tells loss and norm.
-  // `number` is the optimizer step, counted from 1: the key of dropout's random numbers.
+  // `number` is the optimizer step, counted from 1: the key of dropout's random numbers. Micro-batches without any
+  // target (rows cut before their answers) leave gradients and loss 0.
   StepResult accumulate(const std::vector<TokenBatch>& micro_batches, int64_t number);
   // AdamW with what accumulate() left. update_count counts the updates done, this one included, from 1 (bias
   // correction).
   void update(double lr, double grad_norm, int64_t update_count);
+
+  // Of the forward pass of micro-batch `micro` (from 0) of step `number`.
+  DropoutKey dropout_key(int64_t number, size_t micro) const {
+    return {seed_, static_cast<uint64_t>(number) << 12 | static_cast<uint64_t>(micro)};
+  }
 
   Activations& activations() { return acts_; }
   LmHead& head() { return head_; }

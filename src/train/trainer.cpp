@@ -43,7 +43,8 @@ int64_t planned_steps(const TrainOptions& o, const BatchLoader& loader) {
 }
 
 // What must be equal for a resumed run to be the same run.
-ordered_json run_identity(const TrainOptions& o, int64_t total_steps, const TokenDataset& train) {
+ordered_json run_identity(const TrainOptions& o, const ModelConfig& config, int64_t total_steps,
+                          const TokenDataset& train) {
   return {{"data", fmt::format("{:016x}", train.fingerprint())},
           {"batch_size", o.loader.batch_size},
           {"seq_len", o.loader.seq_len},
@@ -54,8 +55,14 @@ ordered_json run_identity(const TrainOptions& o, int64_t total_steps, const Toke
           {"schedule", schedule_kind_name(o.schedule.kind)},
           {"lr", o.schedule.base_lr},
           {"warmup_steps", o.schedule.warmup_steps},
+          {"min_lr_ratio", o.schedule.min_ratio},
+          {"decay_share", o.schedule.decay_share},
+          {"beta1", o.optimizer.beta1},
+          {"beta2", o.optimizer.beta2},
           {"weight_decay", o.optimizer.weight_decay},
           {"grad_clip", o.optimizer.grad_clip},
+          {"dropout", config.dropout},
+          {"spike_threshold", o.spike.threshold},
           {"matmul", dtype_name(o.device.matmul)}};
 }
 
@@ -110,7 +117,7 @@ class Run {
       result_.tokens += r.tokens;
       result_.loss = r.loss;
       const double lr = lr_at(schedule_, done_);
-      metrics.log(done_, {{"train/loss", r.loss},
+      metrics.log(done_, {{"train/loss", r.targets > 0 ? r.loss : NAN},
                           {"train/aux_loss", r.aux_loss},
                           {"train/lr", lr},
                           {"train/grad_norm", r.grad_norm},
@@ -131,9 +138,9 @@ class Run {
     result_.tokens_per_second = result_.seconds > 0 ? static_cast<double>(result_.tokens) / result_.seconds : 0;
     result_.interrupted = done_ < total_;
     bar.finish();
+    if (!result_.interrupted && valid_ && validated_ != done_) record_validation(metrics);
     save();
     if (!result_.interrupted) {
-      if (valid_) record_validation(metrics);
       model_.save(o_.output);
       tokenizer_.save(o_.output);
     }
@@ -165,7 +172,10 @@ class Run {
     done_++;
     const StepResult r = step_.accumulate(micro_, done_);
     tokens_seen_ += r.tokens;
-    if (!r.finite()) {
+    if (r.targets == 0) {
+      skipped_++;
+      log_warn("step {}: no targets in its rows (cut before the answers?); step skipped", done_);
+    } else if (!r.finite()) {
       handle_non_finite();
     } else if (spike_.observe(r.loss)) {
       skipped_++;
@@ -179,7 +189,7 @@ class Run {
   }
 
   void handle_non_finite() {
-    const std::string reason = explain_non_finite(o_.device, model_, step_, micro_, data_);
+    const std::string reason = explain_non_finite(o_.device, model_, step_, micro_, done_, data_);
     if (o_.non_finite == NonFinitePolicy::stop || ++bad_in_a_row_ > max_bad_in_a_row) {
       const std::string last = find_checkpoint(o_.output);
       throw Error(
@@ -208,8 +218,10 @@ class Run {
 
   void record_validation(Metrics& metrics) {
     const double nll = validate("validation");
-    result_.valid_nll = nll;
     metrics.log(done_, {{"valid/nll", nll}, {"valid/ppl", std::exp(nll)}});
+    if (!std::isfinite(nll)) return;
+    result_.valid_nll = nll;
+    validated_ = done_;
     if (best_ && *best_ <= nll) return;
     best_ = result_.best_valid_nll = nll;
     const std::string dir = path_join(o_.output, "best");
@@ -225,20 +237,25 @@ class Run {
                        {"tokens", tokens_seen_},
                        {"cursor", loader_.cursor().to_json()},
                        {"spike", spike_.to_json()},
-                       {"run", run_identity(o_, total_, data_)}};
+                       {"run", run_identity(o_, model_.config, total_, data_)}};
     if (best_) state["best_valid_nll"] = *best_;
+    if (result_.valid_nll) state["valid"] = {{"step", validated_}, {"nll", *result_.valid_nll}};
     save_checkpoint(o_.output, done_, model_, step_, tokenizer_, state, o_.keep_checkpoints);
   }
 
   void resume() {
-    if (!o_.resume) return;
-    const std::string dir = find_checkpoint(o_.output);
+    remove_temporaries(o_.output);
+    if (!o_.resume) {
+      remove_checkpoints(o_.output);
+      return;
+    }
+    const std::string dir = o_.checkpoint ? *o_.checkpoint : find_checkpoint(o_.output);
     if (dir.empty()) {
       log_warn("{}: no checkpoint to resume from; starting from the beginning", o_.output);
       return;
     }
     const ordered_json state = load_checkpoint(dir, model_, step_);
-    require_same_run(json_get<ordered_json>(state, "run", dir), run_identity(o_, total_, data_), dir);
+    require_same_run(json_get<ordered_json>(state, "run", dir), run_identity(o_, model_.config, total_, data_), dir);
     done_ = json_get<int64_t>(state, "step", dir);
     updates_ = json_get<int64_t>(state, "updates", dir);
     skipped_ = json_get<int64_t>(state, "skipped", dir);
@@ -247,6 +264,11 @@ class Run {
     spike_.restore(json_get<ordered_json>(state, "spike", dir), dir);
     if (state.contains("best_valid_nll"))
       best_ = result_.best_valid_nll = json_get<double>(state, "best_valid_nll", dir);
+    if (state.contains("valid")) {
+      const auto valid = json_get<ordered_json>(state, "valid", dir);
+      validated_ = json_get<int64_t>(valid, "step", dir);
+      result_.valid_nll = json_get<double>(valid, "nll", dir);
+    }
     log_info("resumed from {} at step {}", dir, done_);
   }
 
@@ -263,6 +285,7 @@ class Run {
   TrainStep step_;
   std::vector<TokenBatch> micro_;
   int64_t done_ = 0, updates_ = 0, skipped_ = 0, tokens_seen_ = 0;  // done_: optimizer steps, skipped ones included
+  int64_t validated_ = -1;                                          // step of result_.valid_nll
   int bad_in_a_row_ = 0;
   std::optional<double> best_;
   TrainResult result_;

@@ -30,6 +30,7 @@ struct TrainOptions {
   SpikeOptions spike;
   NonFinitePolicy non_finite = NonFinitePolicy::stop;
   bool resume = false;  // go on from the newest whole checkpoint in `output`, from the beginning if there is none
+  std::optional<std::string> checkpoint;  // what find_checkpoint(output) said, if the caller has asked it already
   Device device;
 };
 
