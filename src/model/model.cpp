@@ -26,8 +26,8 @@ std::unique_ptr<Model> Model::random(const ModelConfig& config, uint64_t seed) {
 
 // transformers 5 may keep all experts of a layer in one tensor: experts.gate_up_proj [E, 2f, d] and experts.down_proj
 // [E, d, f].
-static bool read_stacked_expert(const SafetensorsFolder& files, const ParamSpec& spec, const View& dst,
-                                std::set<std::string>& used) {
+static bool read_stacked_expert(const SafetensorsFolder& files, const ParamSpec& spec, int64_t n_expert,
+                                const View& dst, std::set<std::string>& used) {
   const size_t at = spec.hf_name.find(".mlp.experts.");
   if (at == std::string::npos) return false;
   const std::string prefix = spec.hf_name.substr(0, at + 12);
@@ -39,8 +39,9 @@ static bool read_stacked_expert(const SafetensorsFolder& files, const ParamSpec&
   if (t == nullptr) return false;
   const int64_t rows = spec.shape[0], cols = spec.shape[1], stacked = is_down ? rows : 2 * rows;
   const Shape have = t->shape();
-  if (have.ndim != 3 || expert >= have[0] || have[1] != stacked || have[2] != cols) {
-    throw Error(t->where(), fmt::format("[experts, {}, {}]", stacked, cols), have.str());
+  const Shape wanted{n_expert, stacked, cols};
+  if (have != wanted) {
+    throw Error(t->where(), "shape " + wanted.str(), have.str(), "does the config belong to these weights?");
   }
   const View all = t->view();
   View part = View(all.data, all.dtype, {have[0] * stacked, cols})
@@ -78,7 +79,8 @@ void Model::read_weights(const std::string& dir) {
   std::vector<std::pair<const TensorEntry*, View>> whole;
   for (const ParamSpec& spec : table.specs()) {
     const View dst = weights.view(spec);
-    if (files.find(spec.hf_name) == nullptr && read_stacked_expert(files, spec, dst, used)) continue;
+    if (files.find(spec.hf_name) == nullptr && read_stacked_expert(files, spec, config.num_experts, dst, used))
+      continue;
     whole.emplace_back(&files.at(spec.hf_name, spec.shape), dst);
     used.insert(spec.hf_name);
   }
