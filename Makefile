@@ -46,7 +46,7 @@ tidy: setup-dev ## clang-tidy over src/
 	@scripts/tidy.sh $(JOBS)
 
 bench: build ## measure this machine and every op on it
-	@build/release/minimind bench
+	@build/release/minimind bench train
 
 clean: ## remove build folders and virtual environments
 	@rm -rf build .venv

@@ -25,7 +25,6 @@ THIRD_PARTY = {
     "CLI/": ["cli/"],
     "simdjson": ["data/"],
     "nlohmann/": ["base/json.h"],
-    "pcre2": ["text/"],
     "omp.h": ["base/thread_team.cpp"],
     "zlib": ["data/"],
     "zstd": ["data/"],
