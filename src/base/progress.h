@@ -19,7 +19,7 @@ class Progress {
 
   void set(int64_t done, const std::string& extra = "");  // absolute position
   void rate_units(int64_t units_done,
-                  std::string unit);             // show speed in another unit, counted from 0 (steps as position, tok/s as speed)
+                  std::string unit);  // show speed in another unit, counted from 0 (steps as position, tok/s as speed)
   void finish(const std::string& summary = "");  // final line; called by the destructor if needed
 
   static void set_quiet(bool quiet);  // --quiet: draw nothing
