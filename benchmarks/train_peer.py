@@ -9,7 +9,7 @@ once, in the order below, ours and theirs alternating; --repeats is the number o
 benchmarks/results/train_cpu.json, and the report benchmarks/train_cpu.md is made from them.
 
 On a machine that is quiet only for a minute at a time, measure in portions: --case and --rows choose, --merge keeps the runs
-already in the file (refused when threads, steps, shapes or versions differ).
+already in the file (refused when threads, steps, shapes or versions differ). --report-only writes the report anew.
 
 Rows of the training cases (forward, backward, clipping at norm 1.0, AdamW; B=4, T=512, random tokens):
   ours f32, ours bf16       `minimind bench train --dtype f32|bf16`
@@ -120,7 +120,8 @@ def measure(command, threads):
             raise SystemExit(f"{command[0]} ended with {process.returncode}: {' '.join(str(c) for c in command)}")
         out.seek(0)
         result = json.loads(out.read())
-    return dict(result, wall_seconds=wall, peak_memory_bytes=usage.ru_maxrss * 1024, load_before=round(load, 2))
+    return dict(result, wall_seconds=wall, peak_memory_bytes=usage.ru_maxrss * 1024, load_before=round(load, 2),
+                real_time=os.sched_getscheduler(0) in (os.SCHED_FIFO, os.SCHED_RR))
 
 
 def train_run(args, case, row):
@@ -141,8 +142,9 @@ def start_folder(folder, dtype, tokenizer):
     q, kv = d * shape["num_attention_heads"], d * shape["num_key_value_heads"]
     shapes = {"model.embed_tokens.weight": (shape["vocab_size"], h), "model.norm.weight": (h,)}
     for i in range(shape["num_hidden_layers"]):
-        layer = {"input_layernorm": (h,), "post_attention_layernorm": (h,), "self_attn.q_proj": (q, h), "self_attn.k_proj": (kv, h),
-                 "self_attn.v_proj": (kv, h), "self_attn.o_proj": (h, q), "self_attn.q_norm": (d,), "self_attn.k_norm": (d,),
+        layer = {"input_layernorm": (h,), "post_attention_layernorm": (h,), "self_attn.q_proj": (q, h),
+                 "self_attn.k_proj": (kv, h), "self_attn.v_proj": (kv, h), "self_attn.o_proj": (h, q),
+                 "self_attn.q_norm": (d,), "self_attn.k_norm": (d,),
                  "mlp.gate_proj": (f, h), "mlp.up_proj": (f, h), "mlp.down_proj": (h, f)}
         shapes.update({f"model.layers.{i}.{name}.weight": s for name, s in layer.items()})
     random = numpy.random.default_rng(1)
@@ -241,29 +243,43 @@ def train_report(case, summary):
     return text
 
 
-def op_report(case, row, run):
-    rows = [[o["op"], str(o["calls"]), f"{o['ms']:.1f}", f"{100 * o['share_of_step']:.1f}%", f"{o['gflops']:.1f}",
-             f"{100 * o['share_of_peak']:.0f}%", f"{o['gbytes_per_second']:.1f}", f"{100 * o['share_of_bandwidth']:.0f}%"]
-            for o in run["ops"]]
-    known = sum(o["share_of_step"] for o in run["ops"])
-    return (f"### {case}, {row}: every op of a step\n\nMeasured limits: {run['peak_flops'] / 1e9:.0f} GFLOP/s in this arithmetic, "
-            f"{run['bandwidth'] / 1e9:.1f} GB/s (triad, larger than the caches; an op whose data stay in the caches may pass "
-            f"100 %). The ops below make {100 * known:.1f} % of the step; of the whole step's time "
-            f"{100 * run['share_of_peak']:.0f} % is the limit's.\n\n"
+def op_report(case, row, runs, peak, bandwidth):
+    """Each op's median over the runs, against the best limits measured: a pause in one run does not count."""
+    step = statistics.median(r["step_seconds"] for r in runs)
+    peak_share = statistics.median(r["share_of_peak"] * r["peak_flops"] for r in runs) / peak
+    ops = []
+    for name in (o["op"] for o in runs[0]["ops"]):
+        same = sorted((next(o for o in r["ops"] if o["op"] == name) for r in runs), key=lambda o: o["ms"])
+        ops.append(same[(len(same) - 1) // 2])
+    ops.sort(key=lambda o: -o["ms"])
+    rows = [[o["op"], str(o["calls"]), f"{o['ms']:.1f}", f"{o['ms'] / step / 10:.1f}%", f"{o['gflops']:.0f}",
+             f"{1e11 * o['gflops'] / peak:.0f}%", f"{o['gbytes_per_second']:.1f}",
+             f"{1e11 * o['gbytes_per_second'] / bandwidth:.0f}%"] for o in ops]
+    return (f"### {case}, {row}: every op of a step\n\nThe machine's measured limits: {peak / 1e9:.0f} GFLOP/s in this "
+            f"arithmetic, {bandwidth / 1e9:.1f} GB/s (triad, larger than the caches; an op whose data stay in the caches may "
+            f"pass 100 %). A step takes {1e3 * step:.0f} ms, the ops below {sum(o['ms'] for o in ops):.0f} ms; the model's "
+            f"products alone would take {100 * peak_share:.0f} % of the step at the limit.\n\n"
             + table(["op", "calls", "ms", "of the step", "GFLOP/s", "of limit", "GB/s", "of limit"], rows))
 
 
 def write_report(result, path, op_tables):
     e = result["environment"]
-    loads = [r["load_before"] for case in result["cases"].values() for runs in case["runs"].values() for r in runs]
+    every = [r for case in result["cases"].values() for runs in case["runs"].values() for r in runs]
+    loads, real_time = [r["load_before"] for r in every], sum(r["real_time"] for r in every)
     parts = ["# Training and start-up next to PyTorch, on the CPU\n",
-             "Written by `benchmarks/train_peer.py` from `benchmarks/results/train_cpu.json`; rows and rules are explained in the "
-             "script.\n",
+             "Written by `benchmarks/train_peer.py` from `benchmarks/results/train_cpu.json`; rows and rules are explained in "
+             "the script.\n",
              table(["what", "value"], [[k.replace("_", " "), str(v)] for k, v in e.items()]
                    + [["load average before the runs", f"{min(loads):.1f} - {max(loads):.1f}" if loads else "-"]])]
     if loads and max(loads) > 1.5 * e["threads"]:
-        parts.append("Other programs ran on this machine meanwhile (see the load average): absolute speeds are too low, and of the "
-                     "ratios those of the fastest steps are the most to be trusted.\n")
+        text = "Other programs wanted this machine's cores meanwhile (see the load average). "
+        if real_time:
+            text += (f"{real_time} of {len(loads)} runs had real-time priority, which leaves the others 50 ms of a second at "
+                     "most: a single step may carry such a pause. ")
+        if real_time < len(loads):
+            text += ("Runs of ordinary priority shared the cores: of their ratios those of the fastest steps are the most to "
+                     "be trusted. ")
+        parts.append(text.strip() + "\n")
     for case, data in result["cases"].items():
         if case != "startup":
             parts.append(train_report(case, data["summary"]))
@@ -277,10 +293,12 @@ def write_report(result, path, op_tables):
                               for t in data["summary"]["targets"]]))
     if op_tables:
         parts.append("## Each op's share of the machine's limits\n")
+        measured = [r for r in every if "ops" in r]
         for case, data in result["cases"].items():
             for row, runs in data["runs"].items():
                 if row.startswith("ours") and runs and "ops" in runs[0]:
-                    parts.append(op_report(case, row, min(runs, key=lambda r: r["step_seconds"])))
+                    peak = max(r["peak_flops"] for r in measured if r["dtype"] == runs[0]["dtype"])
+                    parts.append(op_report(case, row, runs, peak, max(r["bandwidth"] for r in measured)))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(parts))
 
@@ -298,11 +316,13 @@ def environment(args):
     return {"date": time.strftime("%Y-%m-%d"), "cpu": f"{names[0]} (model {model[0]})" if names and model else "unknown",
             "cpu_features": " ".join(shown), "cores": os.cpu_count(), "threads": args.threads, "steps_a_run": args.steps,
             "batch_and_length": f"{BATCH} x {LENGTH}", "python": sys.version.split()[0], "torch": version("torch"),
-            "transformers": version("transformers"), "minimind_commit": commit,
+            "transformers": version("transformers"), "checkout": commit,
             "gomp_spincount": os.environ.get("GOMP_SPINCOUNT", "each program's own")}
 
 
 def load_result(args):
+    if args.report_only:
+        return json.loads(args.output.read_text())
     fresh = {"environment": environment(args), "cases": {}}
     if not args.merge or not args.output.exists():
         return fresh
@@ -339,7 +359,8 @@ def measure_case(args, case, wanted, result):
                 print(f"{case}, round {number + 1}, {row}: {speed}, {mib(run['peak_memory_bytes'])}, load {run['load_before']}",
                       file=sys.stderr)
                 save(args, result)  # after every run: an interrupted portion keeps what it has
-    counts = {row: r[0]["parameters"] for row, r in runs.items() if r and "parameters" in r[0] and not row.startswith("minimind")}
+    counts = {row: r[0]["parameters"] for row, r in runs.items()
+              if r and "parameters" in r[0] and not row.startswith("minimind")}
     assert len(set(counts.values())) <= 1, f"not the same model: {counts}"
     save(args, result)
 
@@ -361,6 +382,7 @@ def main():
     p.add_argument("--repeats", type=int, default=3, help="rounds of the training cases")
     p.add_argument("--start-repeats", type=int, default=7)
     p.add_argument("--merge", action="store_true", help="add to the runs already in --output")
+    p.add_argument("--report-only", action="store_true", help="measure nothing; write the report from --output")
     p.add_argument("--op-table", action="store_true", help="write every op's share of the machine's limits into the report")
     p.add_argument("--output", type=pathlib.Path, default=ROOT / "benchmarks/results/train_cpu.json")
     p.add_argument("--report", type=pathlib.Path, default=ROOT / "benchmarks/train_cpu.md")
@@ -374,7 +396,9 @@ def main():
     if not args.minimind_code:
         wanted = [r for r in wanted if r != "minimind f32"]
     result = load_result(args)
-    for case in args.case or [*SHAPES, "startup"]:
+    if args.report_only:
+        write_report(result, args.report, args.op_table)
+    for case in [] if args.report_only else args.case or [*SHAPES, "startup"]:
         measure_case(args, case, wanted, result)
     print(args.report.read_text())
 
