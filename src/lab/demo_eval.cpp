@@ -58,6 +58,7 @@ std::optional<std::string> called_expression(const std::string& reply) {
 DemoScore score_demo(Generator& generator, const Tokenizer& tokenizer, const std::vector<DemoQuestion>& questions,
                      DemoMatch match, bool think) {
   std::vector<GenerateRequest> requests;
+  requests.reserve(questions.size());
   for (const DemoQuestion& q : questions) {
     requests.push_back(
         greedy_request(tokenizer, ordered_json::array({{{"role", "user"}, {"content", q.text}}}), nullptr, think));

@@ -36,16 +36,16 @@ static std::string bad_activation(const Activations& acts, const TokenBatch& bat
     const std::pair<const View*, const char*> order[] = {
         {&a.x_in, "input"}, {&a.qkv, "qkv"}, {&a.attn, "attention output"}, {&a.x_mid, "residual after attention"}};
     for (const auto& [view, what] : order) {
-      if (const std::string s = describe(*view, fmt::format("layer {} {}", l, what)); !s.empty()) return s;
+      if (std::string s = describe(*view, fmt::format("layer {} {}", l, what)); !s.empty()) return s;
     }
     const View ffn = a.gate_up;
     if (a.scores) {
-      if (const std::string s = describe(a.scores, fmt::format("layer {} router scores", l)); !s.empty()) return s;
-    } else if (const std::string s = describe(ffn, fmt::format("layer {} gate and up", l)); !s.empty()) {
+      if (std::string s = describe(a.scores, fmt::format("layer {} router scores", l)); !s.empty()) return s;
+    } else if (std::string s = describe(ffn, fmt::format("layer {} gate and up", l)); !s.empty()) {
       return s;
     }
   }
-  if (const std::string s = describe(acts.x_out, "residual after the last layer"); !s.empty()) return s;
+  if (std::string s = describe(acts.x_out, "residual after the last layer"); !s.empty()) return s;
   return describe(acts.h, "final norm");
 }
 
@@ -58,7 +58,7 @@ std::string explain_non_finite(const Device& dev, Model& model, TrainStep& step,
   size_t micro = 0;
   for (const TokenBatch& batch : micro_batches) {
     forward(dev, model, batch, step.activations(), nullptr, step.dropout_key(number, micro++));
-    if (const std::string s = bad_activation(step.activations(), batch, data); !s.empty()) return s;
+    if (std::string s = bad_activation(step.activations(), batch, data); !s.empty()) return s;
     std::vector<float> logp(batch.targets.size());
     step.head().logprob(dev, model, step.activations().h, batch.targets, logp.data());
     const int64_t i = first_bad(View(logp.data(), DType::f32, {static_cast<int64_t>(logp.size()), 1}));

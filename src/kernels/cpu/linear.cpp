@@ -54,8 +54,9 @@ class Bf16Matmul {
     using dnnl::memory;
     memory ma(a_, engine(), const_cast<uint16_t*>(a)), mb(b_, engine(), const_cast<uint16_t*>(b)), mc(c_, engine(), c);
     const size_t pad = scratchpad_.get_size();
-    auto base = reinterpret_cast<uintptr_t>(thread_scratch(2, pad / sizeof(float) + 64));
-    memory scratch(scratchpad_, engine(), reinterpret_cast<void*>((base + 127) / 128 * 128));
+    float* pad_at = thread_scratch(2, pad / sizeof(float) + 64);
+    pad_at += (128 - reinterpret_cast<uintptr_t>(pad_at) % 128) / sizeof(float);  // oneDNN wants it aligned
+    memory scratch(scratchpad_, engine(), pad_at);
     static dnnl::stream stream(engine());
     matmul_.execute(stream,
                     {{DNNL_ARG_SRC, ma}, {DNNL_ARG_WEIGHTS, mb}, {DNNL_ARG_DST, mc}, {DNNL_ARG_SCRATCHPAD, scratch}});
