@@ -87,10 +87,10 @@ std::string pretrain_text(uint64_t seed, Rng& rng) {
   const auto filter = filter_of(seed);
   const auto plain = [](const Qa& qa) { return qa.question + "\n" + qa.answer; };
   const auto [a, b] = demo::random_pair(rng, filter);
-  if (kind < 0.22f) return plain(demo::addition_qa(rng, zh, a, b, false));
+  if (kind < 0.22f) return plain({demo::addition_question(rng, zh, a, b), "", demo::addition_answer(zh, a, b)});
   if (kind < 0.31f) return plain(demo::two_step_qa(rng, zh, a, b, filter, false));
-  if (kind < 0.39f) return plain(demo::subtraction_qa(rng, zh, filter, false));
-  if (kind < 0.43f) return plain(demo::number_qa(rng, zh, filter, false));
+  if (kind < 0.39f) return plain(demo::subtraction_qa(rng, zh, filter));
+  if (kind < 0.43f) return plain(demo::number_qa(rng, zh, filter));
   std::string text;
   const bool asked = kind < 0.75f;
   const uint64_t n = asked ? 1 + rng.below(3) : 2 + rng.below(4);
@@ -113,16 +113,15 @@ void add_turn(ordered_json& list, const Qa& qa) {
 Qa chat_qa(uint64_t seed, Rng& rng, bool zh, bool valid) {
   const auto filter = filter_of(seed);
   const float kind = rng.uniform();
-  const bool think = chance(rng, 0.25);  // everything is also answered with thinking, for chats that ask for it
   const auto [a, b] = demo::random_pair(rng, [&](int x, int y) { return filter(x, y) != valid; });
-  if (kind < 0.22f) return demo::addition_qa(rng, zh, a, b, think);
-  // Mostly with thinking, which is what two steps are for.
+  if (kind < 0.22f) return {demo::addition_question(rng, zh, a, b), "", demo::addition_answer(zh, a, b)};
+  // Mostly with thinking, so that an open <think> is always filled; some without, for the closed one.
   if (kind < 0.34f) return demo::two_step_qa(rng, zh, a, b, filter, chance(rng, 0.85));
-  if (kind < 0.41f) return demo::subtraction_qa(rng, zh, filter, think);
-  if (kind < 0.44f) return demo::number_qa(rng, zh, filter, think);
-  if (kind < 0.51f) return demo::identity_qa(rng, zh, think);
-  if (kind < 0.61f) return demo::talk_qa(rng, zh, think);
-  return demo::fact_qa(rng, demo::random_fact(rng, zh, valid), think);
+  if (kind < 0.41f) return demo::subtraction_qa(rng, zh, filter);
+  if (kind < 0.44f) return demo::number_qa(rng, zh, filter);
+  if (kind < 0.51f) return demo::identity_qa(rng, zh);
+  if (kind < 0.61f) return demo::talk_qa(rng, zh);
+  return demo::fact_qa(rng, demo::random_fact(rng, zh, valid), chance(rng, 0.15));
 }
 
 ordered_json tool_messages(Rng& rng, bool zh, bool valid) {
@@ -130,8 +129,8 @@ ordered_json tool_messages(Rng& rng, bool zh, bool valid) {
   list.push_back(message("system", demo::system_prompt(rng, zh)));
   list.back()["tools"] = demo_calculator_tools();
   if (chance(rng, 0.15)) {  // a tool is offered, the question needs none
-    add_turn(list, chance(rng, 0.5) ? demo::talk_qa(rng, zh, false)
-                                    : demo::fact_qa(rng, demo::random_fact(rng, zh, valid), false));
+    add_turn(list,
+             chance(rng, 0.5) ? demo::talk_qa(rng, zh) : demo::fact_qa(rng, demo::random_fact(rng, zh, valid), false));
     return list;
   }
   const demo::ToolUse use = demo::calculator_use(rng, zh);

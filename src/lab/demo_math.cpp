@@ -87,23 +87,16 @@ std::string addition_question(Rng& rng, bool zh, int a, int b) {
   return text(pick(rng, kZhStories), a, b, pick(rng, kZhNames), measure, thing);
 }
 
-// The working comes first: in the thought where there is one, else in the answer.
-static Qa worked(std::string question, const std::string& working, int result, bool zh, bool think) {
-  const std::string answer = text(zh ? "答案是{}。" : "The answer is {}.", result);
-  if (think) return {std::move(question), working + (zh ? "。" : "."), answer};
-  return {std::move(question), "", working + (zh ? "。" : ". ") + answer};
+std::string addition_answer(bool zh, int a, int b) {
+  return text(zh ? "{}+{}：{}。答案是{}。" : "{}+{}: {}. The answer is {}.", a, b, addition_columns(zh, a, b), a + b);
 }
 
-Qa addition_qa(Rng& rng, bool zh, int a, int b, bool think) {
-  return worked(addition_question(rng, zh, a, b),
-                text(zh ? "{}+{}：{}" : "{}+{}: {}", a, b, addition_columns(zh, a, b)), a + b, zh, think);
-}
-
-Qa subtraction_qa(Rng& rng, bool zh, const PairFilter& held_out, bool think) {
+Qa subtraction_qa(Rng& rng, bool zh, const PairFilter& held_out) {
   auto [a, b] = random_pair(rng, held_out);
   if (a < b) std::swap(a, b);
-  return worked(text(pick(rng, zh ? kZhTakes : kEnTakes), a, b),
-                text(zh ? "{}-{}：{}" : "{}-{}: {}", a, b, subtraction_columns(zh, a, b)), a - b, zh, think);
+  return {
+      text(pick(rng, zh ? kZhTakes : kEnTakes), a, b), "",
+      text(zh ? "{}-{}：{}。答案是{}。" : "{}-{}: {}. The answer is {}.", a, b, subtraction_columns(zh, a, b), a - b)};
 }
 
 Qa two_step_qa(Rng& rng, bool zh, int a, int b, const PairFilter& held_out, bool think) {
@@ -121,20 +114,27 @@ Qa two_step_qa(Rng& rng, bool zh, int a, int b, const PairFilter& held_out, bool
   }
   const int sum = a + b;
   const std::string working =
-      zh ? text("先算{}+{}：{}，得{}。再算{}-{}：{}，得{}", a, b, addition_columns(true, a, b), sum, sum, c,
+      zh ? text("先算{}+{}：{}，得{}。再算{}-{}：{}，得{}。", a, b, addition_columns(true, a, b), sum, sum, c,
                 subtraction_columns(true, sum, c), sum - c)
-         : text("First {}+{}: {}, so {}. Then {}-{}: {}, so {}", a, b, addition_columns(false, a, b), sum, sum, c,
+         : text("First {}+{}: {}, so {}. Then {}-{}: {}, so {}.", a, b, addition_columns(false, a, b), sum, sum, c,
                 subtraction_columns(false, sum, c), sum - c);
-  return worked(std::move(qa.question), working, sum - c, zh, think);
+  const std::string result = text(zh ? "答案是{}。" : "The answer is {}.", sum - c);
+  if (think) {
+    qa.think = working;
+    qa.answer = result;
+  } else {
+    qa.answer = working + (zh ? "" : " ") + result;
+  }
+  return qa;
 }
 
-static Qa number_question(Rng& rng, bool zh, const PairFilter& held_out) {
+Qa number_qa(Rng& rng, bool zh, const PairFilter& held_out) {
   switch (rng.below(6)) {
     case 0: {  // counting up or down within one row of ten
       const int first = static_cast<int>(rng.below(15)), n = 3 + static_cast<int>(rng.below(5));
       const bool down = chance(rng, 0.3);
       const int last = first + n, from = down ? last : first, to = down ? first : last;
-      if (held_out(from, to)) return number_question(rng, zh, held_out);
+      if (held_out(from, to)) return number_qa(rng, zh, held_out);
       std::string list;
       for (int i = from;; i += down ? -1 : 1) {
         list += (list.empty() ? "" : zh ? "、" : ", ") + std::to_string(i);
@@ -144,7 +144,7 @@ static Qa number_question(Rng& rng, bool zh, const PairFilter& held_out) {
     }
     case 1: {  // which is larger
       const auto [a, b] = random_pair(rng, held_out);
-      if (a == b) return number_question(rng, zh, held_out);
+      if (a == b) return number_qa(rng, zh, held_out);
       const bool more = chance(rng, 0.5);
       const int answer = more ? std::max(a, b) : std::min(a, b);
       return {
@@ -176,12 +176,6 @@ static Qa number_question(Rng& rng, bool zh, const PairFilter& held_out) {
               zh ? text("{}是{}数。", a, a % 2 ? "单" : "双") : text("{} is {}.", a, a % 2 ? "odd" : "even")};
     }
   }
-}
-
-Qa number_qa(Rng& rng, bool zh, const PairFilter& held_out, bool think) {
-  Qa qa = number_question(rng, zh, held_out);
-  if (think) qa.think = zh ? "用户在问数字。" : "The user asks about numbers.";
-  return qa;
 }
 
 ToolUse calculator_use(Rng& rng, bool zh) {

@@ -206,22 +206,22 @@ const std::vector<Intent>& talk() {
   return all;
 }
 
-Qa ask(Rng& rng, const Intent& intent, bool zh, bool think) {
+Qa ask(Rng& rng, const Intent& intent, bool zh) {
   static const std::vector<std::string> zh_ends{"", "", "。", "？", "！", "呢？", "呀"},
       en_ends{"", ".", "?", "!", "?", " please"};
   Qa qa;
   qa.question = pick(rng, zh ? intent.zh_users : intent.en_users) + pick(rng, zh ? zh_ends : en_ends);
   if (chance(rng, 0.15)) qa.question = (zh ? "MiniMind，" : "MiniMind, ") + qa.question;
   qa.answer = pick(rng, zh ? intent.zh_answers : intent.en_answers);
-  if (think) qa.think = zh ? intent.zh_think : intent.en_think;
+  if (chance(rng, 0.2)) qa.think = zh ? intent.zh_think : intent.en_think;
   return qa;
 }
 
 }  // namespace
 
-Qa identity_qa(Rng& rng, bool zh, bool think) { return ask(rng, pick(rng, identity()), zh, think); }
+Qa identity_qa(Rng& rng, bool zh) { return ask(rng, pick(rng, identity()), zh); }
 
-Qa talk_qa(Rng& rng, bool zh, bool think) { return ask(rng, pick(rng, talk()), zh, think); }
+Qa talk_qa(Rng& rng, bool zh) { return ask(rng, pick(rng, talk()), zh); }
 
 std::string system_prompt(Rng& rng, bool zh) {
   static const std::vector<std::string> zh_prompts{"你是MiniMind。", "你是一个乐于助人的助手。",

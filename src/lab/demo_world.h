@@ -50,8 +50,8 @@ std::string fact_statement(Rng& rng, bool zh);
 
 // --- identity and small talk (demo_talk.cpp) ---
 
-Qa identity_qa(Rng& rng, bool zh, bool think);
-Qa talk_qa(Rng& rng, bool zh, bool think);
+Qa identity_qa(Rng& rng, bool zh);
+Qa talk_qa(Rng& rng, bool zh);
 std::string system_prompt(Rng& rng, bool zh);
 
 // --- numbers (demo_math.cpp) ---
@@ -61,11 +61,11 @@ using PairFilter = std::function<bool(int, int)>;  // true: held out
 
 std::pair<int, int> random_pair(Rng& rng, const PairFilter& held_out);  // both in 10..99, not held out
 std::string addition_question(Rng& rng, bool zh, int a, int b);
-Qa addition_qa(Rng& rng, bool zh, int a, int b, bool think);
+std::string addition_answer(bool zh, int a, int b);
 // a + b - c, with a c that keeps the answer at or above zero and is held out with neither a nor b.
 Qa two_step_qa(Rng& rng, bool zh, int a, int b, const PairFilter& held_out, bool think);
-Qa subtraction_qa(Rng& rng, bool zh, const PairFilter& held_out, bool think);
-Qa number_qa(Rng& rng, bool zh, const PairFilter& held_out, bool think);  // counting, comparing, tables, copying
+Qa subtraction_qa(Rng& rng, bool zh, const PairFilter& held_out);
+Qa number_qa(Rng& rng, bool zh, const PairFilter& held_out);  // counting, comparing, tables, copying
 
 struct ToolUse {
   std::string question, expression, answer;
