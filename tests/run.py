@@ -47,7 +47,8 @@ class Counts:
 def run_gtests(build, results, counts):
     listing = results / "ctest.xml"
     # What the program sets for itself (cli/main.cpp), so that tests do not crawl on a busy machine.
-    env = {"GOMP_SPINCOUNT": "10000", **os.environ, "GTEST_OUTPUT": f"xml:{results}/", "GTEST_BRIEF": "1", "GTEST_COLOR": "no"}
+    env = {"GOMP_SPINCOUNT": "10000", **os.environ, "GTEST_OUTPUT": f"xml:{results}/", "GTEST_BRIEF": "1",
+           "GTEST_COLOR": "no"}
     code = subprocess.run(["ctest", "--test-dir", build, "--output-on-failure", "--output-junit", listing],
                           env=env, stdin=subprocess.DEVNULL).returncode
     try:
