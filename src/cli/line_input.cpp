@@ -6,6 +6,7 @@
 
 #include <cerrno>
 #include <clocale>
+#include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -14,6 +15,7 @@
 
 #include "base/error.h"
 #include "base/fs.h"
+#include "base/interrupt.h"
 #include "base/log.h"
 
 namespace mm {
@@ -33,10 +35,8 @@ LineInput::LineInput(const std::string& name) : interactive_(isatty(STDIN_FILENO
   if (std::setlocale(LC_CTYPE, "") == nullptr || std::strcmp(nl_langinfo(CODESET), "UTF-8") != 0) {
     std::setlocale(LC_CTYPE, "C.UTF-8");
   }
-  // Without SA_RESTART the signal ends libedit's read, and with it the line.
-  struct sigaction action {};
-  action.sa_handler = [](int) {};
-  sigaction(SIGINT, &action, &old_interrupt_);
+  // While it lives Ctrl-C never ends the program: it ends a read, or what an InterruptGuard guards.
+  old_interrupt_ = std::signal(SIGINT, SIG_IGN);
   rl_readline_name = "minimind";
   rl_inhibit_completion = 1;
   using_history();
@@ -47,7 +47,7 @@ LineInput::LineInput(const std::string& name) : interactive_(isatty(STDIN_FILENO
 
 LineInput::~LineInput() {
   if (!interactive_) return;
-  sigaction(SIGINT, &old_interrupt_, nullptr);
+  std::signal(SIGINT, old_interrupt_);
   if (history_path_.empty()) return;
   try {
     make_dirs(std::filesystem::path(history_path_).parent_path().string());
@@ -60,10 +60,16 @@ LineInput::~LineInput() {
 bool LineInput::read(const std::string& prompt, std::string& line) {
   line.clear();
   if (!interactive_) return static_cast<bool>(std::getline(std::cin, line));
-  errno = 0;
-  char* typed = readline(prompt.c_str());
+  char* typed = nullptr;
+  int error = 0;
+  {
+    const InterruptibleRead interruptible;
+    errno = 0;
+    typed = readline(prompt.c_str());
+    error = errno;
+  }
   if (typed == nullptr) {
-    if (errno != EINTR) return false;
+    if (error != EINTR) return false;
     std::fputc('\n', stderr);
     return true;
   }

@@ -1,8 +1,6 @@
 // Lines that a person types: with editing and history on a terminal, plain otherwise.
 #pragma once
 
-#include <signal.h>
-
 #include <string>
 
 namespace mm {
@@ -24,7 +22,7 @@ class LineInput {
 
  private:
   bool interactive_;
-  struct sigaction old_interrupt_ {};
+  void (*old_interrupt_)(int) = nullptr;
   std::string history_path_;
 };
 

@@ -8,6 +8,7 @@
 #include <filesystem>
 
 #include "base/error.h"
+#include "base/interrupt.h"
 #include "base/log.h"
 #include "base/progress.h"
 #include "base/thread_team.h"
@@ -105,6 +106,7 @@ static void shorten_spins(char** argv) {
 
 int main(int argc, char** argv) {
   shorten_spins(argv);
+  mm::start_interrupt_thread();
   // A closed pipe and a file past the size limit are failed writes with a message, not silent ends.
   std::signal(SIGPIPE, SIG_IGN);
   std::signal(SIGXFSZ, SIG_IGN);

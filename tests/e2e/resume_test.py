@@ -263,6 +263,26 @@ def test_an_interrupt_saves_a_checkpoint(number, whole, tmp_path):
     assert_same(out, done)
 
 
+def test_no_signal_handler_runs_on_a_computing_thread(whole, tmp_path):
+    """oneDNN's kernels do not survive one (base/interrupt.h): nothing is caught, and one thread waits for SIGINT and SIGTERM."""
+    run, _ = whole("dense")
+    command = run.command(tmp_path / "out")
+    command[command.index("--threads") + 1] = "3"
+    process = subprocess.Popen(command)
+    wait_for(process, lambda: lines(tmp_path / "out") >= 3)
+    process.send_signal(signal.SIGSTOP)
+    masks = []
+    for task in os.listdir(f"/proc/{process.pid}/task"):
+        with open(f"/proc/{process.pid}/task/{task}/status", encoding="ascii") as file:
+            fields = dict(line.split(":\t", 1) for line in file if ":\t" in line)
+        masks.append((int(fields["SigBlk"], 16), int(fields["SigCgt"], 16)))
+    kill(process)
+    of_libc = 3 << 31  # signals 32 and 33, for cancelling threads and changing user ids
+    assert len(masks) >= 4 and all(caught & ~of_libc == 0 for _, caught in masks), [hex(c) for _, c in masks]
+    wanted = 1 << signal.SIGINT - 1 | 1 << signal.SIGTERM - 1
+    assert sum(blocked & wanted != wanted for blocked, _ in masks) <= 1  # sigwait itself unblocks them
+
+
 @pytest.mark.parametrize("room", [0, 100_000])
 def test_full_disk_while_saving(room, whole, tmp_path):
     """No file may grow past `room` bytes any more: 0 stops the metrics, the other the next checkpoint."""
