@@ -1,16 +1,15 @@
-// For .cu files and the device layer: a failed CUDA call becomes an Error that names it.
+// For .cu files and the device layer: a failed CUDA call becomes an Error that names it. Without base/error.h, whose fmt
+// nvcc does not compile.
 #pragma once
 
 #include <cuda_runtime.h>
 
-#include "base/error.h"
-
 namespace mm::cuda {
 
+[[noreturn]] void fail(const char* what, const char* reason, const char* file, int line);  // throws mm::Error
+
 inline void check(cudaError_t status, const char* what, const char* file, int line) {
-  if (status == cudaSuccess) return;
-  throw Error(std::string("CUDA: ") + what, "success", cudaGetErrorString(status),
-              std::string("at ") + file + ":" + std::to_string(line));
+  if (status != cudaSuccess) fail(what, cudaGetErrorString(status), file, line);
 }
 
 }  // namespace mm::cuda
