@@ -1,7 +1,11 @@
 #include "kernels/ops.h"
 
 #include "base/error.h"
+#include "kernels/moe_order.h"
 #include "prof/profiler.h"
+#ifdef MM_CUDA
+#include "kernels/cuda/session.h"
+#endif
 
 namespace mm::ops {
 
@@ -11,8 +15,20 @@ static const KernelTable& kernels(const Device& dev) {
     case DeviceKind::cpu: return cpu_kernels();
     case DeviceKind::cuda: break;
   }
-  MM_CHECK(false, "this build has no kernels for the device");
+  MM_CHECK(false, "no kernel of this op for the device");
 }
+
+// ON_CUDA(call): on a GPU the op is that call of namespace cuda.
+#ifdef MM_CUDA
+static const cuda::Context& gpu(const Device& dev) { return dev.cuda->ctx; }
+#define ON_CUDA(call)                   \
+  if (dev.kind == DeviceKind::cuda) {   \
+    cuda::call;                         \
+    return;                             \
+  }
+#else
+#define ON_CUDA(call)
+#endif
 
 static bool use_bf16(const Device& dev) { return dev.matmul == DType::bf16; }
 
@@ -23,8 +39,7 @@ static double moved(std::initializer_list<View> views) {  // bytes of what an op
 }
 
 static void check_2d(const View& v, int64_t rows, int64_t cols, const char* what) {
-  MM_CHECK(v.dtype == DType::f32 && v.rows() == rows && v.cols() == cols, "{}: {} {}, wanted f32 [{}, {}]", what,
-           dtype_name(v.dtype), v.shape.str(), rows, cols);
+  MM_CHECK(v.rows() == rows && v.cols() == cols, "{}: {}, wanted [{}, {}]", what, v.shape.str(), rows, cols);
 }
 
 static void check_dense(const View& v, int64_t rows, int64_t cols, const char* what) {
@@ -34,36 +49,64 @@ static void check_dense(const View& v, int64_t rows, int64_t cols, const char* w
 
 static float* opt(const View& v) { return v ? v.f32() : nullptr; }
 
-void linear_fwd(const Device& dev, View y, View x, View w, bool accumulate) {
+void linear_fwd(const Device& dev, View y, View x, View w, View residual) {
   const int64_t m = x.rows(), k = x.cols(), n = w.rows();
   check_2d(y, m, n, "y");
   check_dense(w, n, k, "w");
-  const Zone zone(dev.profiler, "linear_fwd", moved({y, x, w}), 2.0 * static_cast<double>(m * n * k));
-  kernels(dev).linear_fwd(y.f32(), y.ld, x.f32(), x.ld, w.f32(), m, n, k, accumulate, use_bf16(dev));
+  const Zone zone(dev.profiler, "linear_fwd", moved({y, x, w, residual}), 2.0 * static_cast<double>(m * n * k));
+  if (residual) check_2d(residual, m, n, "residual");
+#ifdef MM_CUDA
+  if (dev.kind == DeviceKind::cuda) {
+    dev.cuda->gemm().run({.m = m, .n = n, .k = k, .lda = x.ld, .ldb = w.ld, .ldd = y.ld, .ldc = residual.ld,
+                          .trans_b = true, .add_c = static_cast<bool>(residual), .in = x.dtype, .out = y.dtype},
+                         y.data, x.data, w.data, residual.data);
+    return;
+  }
+#endif
+  if (residual && residual.data != y.data) kernels(dev).copy(y.f32(), residual.f32(), y.numel());
+  kernels(dev).linear_fwd(y.f32(), y.ld, x.f32(), x.ld, w.f32(), m, n, k, static_cast<bool>(residual), use_bf16(dev));
 }
 
 void linear_bwd(const Device& dev, View dx, View dw, View dy, View x, View w, bool accumulate_dx) {
   const int64_t m = dy.rows(), n = dy.cols(), k = w.cols();
-  check_2d(x, m, k, "x");
+  if (dw) check_2d(x, m, k, "x");
   check_dense(w, n, k, "w");
   if (dx) check_2d(dx, m, k, "dx");
   if (dw) check_dense(dw, n, k, "dw");
   const double products = (dx ? 1 : 0) + (dw ? 1 : 0);
   const Zone zone(dev.profiler, "linear_bwd", moved({dx, dw, dy, x, w}),
                   products * 2.0 * static_cast<double>(m * n * k));
-  kernels(dev).linear_bwd(opt(dx), dx.ld, opt(dw), dy.f32(), dy.ld, x.f32(), x.ld, w.f32(), m, n, k, accumulate_dx,
+#ifdef MM_CUDA
+  if (dev.kind == DeviceKind::cuda) {
+    cuda::Gemm& gemm = dev.cuda->gemm();
+    if (dx) {
+      gemm.run({.m = m, .n = k, .k = n, .lda = dy.ld, .ldb = w.ld, .ldd = dx.ld, .ldc = accumulate_dx ? dx.ld : 0,
+                .add_c = accumulate_dx, .in = dy.dtype, .out = dx.dtype},
+               dx.data, dy.data, w.data, dx.data);
+    }
+    if (dw) {
+      gemm.run({.m = n, .n = k, .k = m, .lda = dy.ld, .ldb = x.ld, .ldd = dw.ld, .ldc = dw.ld, .trans_a = true,
+                .add_c = true, .in = dy.dtype, .out = dw.dtype},
+               dw.data, dy.data, x.data, dw.data);
+    }
+    return;
+  }
+#endif
+  kernels(dev).linear_bwd(opt(dx), dx.ld, opt(dw), dy.f32(), dy.ld, opt(x), x.ld, w.f32(), m, n, k, accumulate_dx,
                           use_bf16(dev));
 }
 
 void embed_fwd(const Device& dev, View out, View table, const int32_t* ids) {
   check_dense(out, out.rows(), table.cols(), "out");
   const Zone zone(dev.profiler, "embed_fwd", 2 * moved({out}), 0);
+  ON_CUDA(embed_fwd(gpu(dev), out.dtype, out.data, table.data, ids, out.rows(), out.cols()))
   kernels(dev).embed_fwd(out.f32(), table.f32(), ids, out.rows(), out.cols());
 }
 
 void embed_bwd(const Device& dev, View dtable, View dout, const int32_t* ids) {
   check_dense(dout, dout.rows(), dtable.cols(), "dout");
   const Zone zone(dev.profiler, "embed_bwd", 3 * moved({dout}), static_cast<double>(dout.numel()));
+  ON_CUDA(embed_bwd(gpu(dev), dout.dtype, dtable.f32(), dout.data, ids, dout.rows(), dout.cols(), dtable.rows()))
   kernels(dev).embed_bwd(dtable.f32(), dout.f32(), ids, dout.rows(), dout.cols());
 }
 
@@ -73,6 +116,7 @@ void rmsnorm_fwd(const Device& dev, View y, View rstd, View x, View w, float eps
   check_dense(y, n, d, "y");
   MM_CHECK(w.numel() == d && (!rstd || rstd.numel() == n));
   const Zone zone(dev.profiler, "rmsnorm_fwd", moved({y, x, w}), 4.0 * static_cast<double>(n * d));
+  ON_CUDA(rmsnorm_fwd(gpu(dev), x.dtype, y.data, opt(rstd), x.data, w.data, eps, n, d))
   kernels(dev).rmsnorm_fwd(y.f32(), opt(rstd), x.f32(), w.f32(), eps, n, d);
 }
 
@@ -83,83 +127,136 @@ void rmsnorm_bwd(const Device& dev, View dx, View dw, View dy, View x, View rstd
   check_dense(x, n, d, "x");
   MM_CHECK(w.numel() == d && dw.numel() == d && rstd.numel() == n);
   const Zone zone(dev.profiler, "rmsnorm_bwd", moved({dx, dx, dy, x}), 10.0 * static_cast<double>(n * d));
+  ON_CUDA(rmsnorm_bwd(gpu(dev), x.dtype, dx.data, dw.f32(), dy.data, x.data, rstd.f32(), w.data, n, d))
   kernels(dev).rmsnorm_bwd(dx.f32(), dw.f32(), dy.f32(), x.f32(), rstd.f32(), w.f32(), n, d);
 }
 
-static void check_norm_rope(const View& qkv, const NormRopeArgs& a) {
+static void check_norm_rope(const View& qkv, const NormRope& a) {
   check_dense(qkv, a.n, static_cast<int64_t>(a.n_head + 2 * a.n_kv_head) * a.d_head, "qkv");
   MM_CHECK(a.d_head % 2 == 0 && a.d_head <= 1024);
 }
 
-void qk_norm_rope_fwd(const Device& dev, View q, View k, View v, const int64_t* slots, View qkv,
-                      const NormRopeArgs& a) {
+// The same fields for the kernels, which see raw pointers: Args of kernel_table.h or of cuda_kernels.h.
+template <class Args>
+static Args raw(const NormRope& a) {
+  Args r;
+  r.q_weight = static_cast<decltype(r.q_weight)>(a.q_weight.data);
+  r.k_weight = static_cast<decltype(r.k_weight)>(a.k_weight.data);
+  r.cos = a.cos;
+  r.sin = a.sin;
+  r.positions = a.positions;
+  r.eps = a.eps;
+  r.n = a.n;
+  r.n_head = a.n_head;
+  r.n_kv_head = a.n_kv_head;
+  r.d_head = a.d_head;
+  return r;
+}
+
+void qk_norm_rope_fwd(const Device& dev, View q, View k, View v, const int64_t* slots, View qkv, const NormRope& a) {
   check_norm_rope(qkv, a);
   check_dense(q, a.n, static_cast<int64_t>(a.n_head) * a.d_head, "q");
   MM_CHECK(k.cols() == static_cast<int64_t>(a.n_kv_head) * a.d_head && (!v || v.cols() == k.cols()));
   const Zone zone(dev.profiler, "qk_norm_rope_fwd", 2 * moved({qkv}), 8.0 * static_cast<double>(qkv.numel()));
-  kernels(dev).qk_norm_rope_fwd(q.f32(), k.f32(), k.ld, opt(v), v.ld, slots, qkv.f32(), a);
+  ON_CUDA(qk_norm_rope_fwd(gpu(dev), qkv.dtype, q.data, k.data, k.ld, v.data, v.ld, slots, qkv.data,
+                           raw<cuda::NormRope>(a)))
+  kernels(dev).qk_norm_rope_fwd(q.f32(), k.f32(), k.ld, opt(v), v.ld, slots, qkv.f32(), raw<NormRopeArgs>(a));
 }
 
-void qk_norm_rope_bwd(const Device& dev, View dqkv, View dq_weight, View dk_weight, View qkv, const NormRopeArgs& a) {
+void qk_norm_rope_bwd(const Device& dev, View dqkv, View dq_weight, View dk_weight, View qkv, const NormRope& a) {
   check_norm_rope(qkv, a);
   check_norm_rope(dqkv, a);
-  MM_CHECK((a.q_weight == nullptr) == !dq_weight && (a.k_weight == nullptr) == !dk_weight);
+  MM_CHECK(!a.q_weight == !dq_weight && !a.k_weight == !dk_weight);
   const Zone zone(dev.profiler, "qk_norm_rope_bwd", 3 * moved({qkv}), 16.0 * static_cast<double>(qkv.numel()));
-  kernels(dev).qk_norm_rope_bwd(dqkv.f32(), opt(dq_weight), opt(dk_weight), qkv.f32(), a);
+  ON_CUDA(qk_norm_rope_bwd(gpu(dev), qkv.dtype, dqkv.data, opt(dq_weight), opt(dk_weight), qkv.data,
+                           raw<cuda::NormRope>(a)))
+  kernels(dev).qk_norm_rope_bwd(dqkv.f32(), opt(dq_weight), opt(dk_weight), qkv.f32(), raw<NormRopeArgs>(a));
 }
 
-// Visible (query, key) pairs of one head, and keys read.
-static void attention_work(const AttentionArgs& a, double* pairs, double* keys) {
-  *pairs = *keys = 0;
-  for (int64_t s = 0; s < a.n_seq; s++) {
-    const double q = a.cu[s + 1] - a.cu[s], kv = a.kv_len != nullptr ? a.kv_len[s] : q;
-    *pairs += q * (kv - q) + q * (q + 1) / 2;
-    *keys += kv;
-  }
-}
-
-static void check_attention(const AttentionArgs& a) {
+static void check_attention(const Device& dev, const Attention& a) {
   MM_CHECK(a.n_kv_head > 0 && a.n_head % a.n_kv_head == 0 && a.dropout >= 0 && a.dropout < 1);
+  if (dev.kind == DeviceKind::cuda) return;  // the lists lie on the GPU
   for (int64_t s = 0; s < a.n_seq; s++)
     MM_CHECK(a.cu[s] <= a.cu[s + 1] && (a.kv_len == nullptr || a.kv_len[s] >= a.cu[s + 1] - a.cu[s]));
 }
 
-void attention_fwd(const Device& dev, const AttentionArgs& a) {
-  check_attention(a);
-  double pairs = 0, keys = 0;
-  attention_work(a, &pairs, &keys);
-  const double n = a.cu[a.n_seq] - a.cu[0], dh = a.d_head;
-  const Zone zone(dev.profiler, "attention_fwd", 4 * dh * (2 * n * a.n_head + 2 * keys * a.n_kv_head),
-                  4 * pairs * a.n_head * dh);
-  kernels(dev).attention_fwd(a);
+template <class Args>
+static Args raw(const Attention& a) {
+  Args r;
+  r.q = static_cast<decltype(r.q)>(a.q.data);
+  r.k = static_cast<decltype(r.k)>(a.k.data);
+  r.v = static_cast<decltype(r.v)>(a.v.data);
+  r.out = static_cast<decltype(r.out)>(a.out.data);
+  r.lse = opt(a.lse);
+  r.ldq = a.q.ld;
+  r.ldk = a.k.ld;
+  r.ldv = a.v.ld;
+  r.ldo = a.out.ld;
+  r.cu = a.cu;
+  r.kv_start = a.kv_start;
+  r.kv_len = a.kv_len;
+  r.n_seq = a.n_seq;
+  r.n_head = a.n_head;
+  r.n_kv_head = a.n_kv_head;
+  r.d_head = a.d_head;
+  r.scale = a.scale;
+  r.dropout = a.dropout;
+  r.seed = a.seed;
+  r.stream = a.stream;
+  return r;
 }
 
-void attention_bwd(const Device& dev, const AttentionBwdArgs& b) {
-  const AttentionArgs& a = b.fwd;
-  check_attention(a);
-  MM_CHECK(a.kv_start == nullptr && a.kv_len == nullptr && a.lse != nullptr);
-  double pairs = 0, keys = 0;
-  attention_work(a, &pairs, &keys);
-  const double n = a.cu[a.n_seq] - a.cu[0], dh = a.d_head;
-  const Zone zone(dev.profiler, "attention_bwd", 4 * dh * n * (4 * a.n_head + 4 * a.n_kv_head),
-                  10 * pairs * a.n_head * dh);
-  kernels(dev).attention_bwd(b);
+#ifdef MM_CUDA
+static cuda::Attention on_gpu(const Attention& a) {
+  auto r = raw<cuda::Attention>(a);
+  r.n_tok = a.n_tok;
+  r.tiles = a.tiles;
+  r.n_tiles = a.n_tiles;
+  r.max_tiles = a.max_tiles;
+  return r;
+}
+#endif
+
+void attention_fwd(const Device& dev, const Attention& a) {
+  check_attention(dev, a);
+  const double n = static_cast<double>(a.n_tok), dh = a.d_head, size = static_cast<double>(dtype_size(a.q.dtype));
+  const Zone zone(dev.profiler, "attention_fwd", size * dh * (2 * n * a.n_head + 2 * a.keys * a.n_kv_head),
+                  4 * a.pairs * a.n_head * dh);
+  ON_CUDA(attention_fwd(gpu(dev), a.q.dtype, on_gpu(a)))
+  kernels(dev).attention_fwd(raw<AttentionArgs>(a));
+}
+
+void attention_bwd(const Device& dev, const Attention& a, View dout, View dq, View dk, View dv) {
+  check_attention(dev, a);
+  MM_CHECK(a.kv_start == nullptr && a.kv_len == nullptr && a.lse);
+  const double n = static_cast<double>(a.n_tok), dh = a.d_head, size = static_cast<double>(dtype_size(a.q.dtype));
+  const Zone zone(dev.profiler, "attention_bwd", size * dh * n * (4 * a.n_head + 4 * a.n_kv_head),
+                  10 * a.pairs * a.n_head * dh);
+  ON_CUDA(attention_bwd(gpu(dev), a.q.dtype,
+                        {.fwd = on_gpu(a), .dout = dout.data, .dq = dq.data, .dk = dk.data, .dv = dv.data,
+                         .lddout = dout.ld, .lddq = dq.ld, .lddk = dk.ld, .lddv = dv.ld}))
+  kernels(dev).attention_bwd({.fwd = raw<AttentionArgs>(a), .dout = dout.f32(), .dq = dq.f32(), .dk = dk.f32(),
+                              .dv = dv.f32(), .lddout = dout.ld, .lddq = dq.ld, .lddk = dk.ld, .lddv = dv.ld});
 }
 
 void swiglu_fwd(const Device& dev, View act, View gate_up) {
   check_dense(gate_up, act.rows(), 2 * act.cols(), "gate_up");
   check_dense(act, act.rows(), act.cols(), "act");
   const Zone zone(dev.profiler, "swiglu_fwd", moved({act, gate_up}), 20.0 * static_cast<double>(act.numel()));
+  ON_CUDA(swiglu_fwd(gpu(dev), act.dtype, act.data, gate_up.data, act.rows(), act.cols()))
   kernels(dev).swiglu_fwd(act.f32(), gate_up.f32(), act.rows(), act.cols());
 }
 
-void swiglu_bwd(const Device& dev, View dgate_up, View dact, View gate_up) {
+void swiglu_bwd(const Device& dev, View dgate_up, View act, View dact, View gate_up) {
   check_dense(dact, dact.rows(), dact.cols(), "dact");
+  check_dense(act, dact.rows(), dact.cols(), "act");
   check_dense(gate_up, dact.rows(), 2 * dact.cols(), "gate_up");
   check_dense(dgate_up, dact.rows(), 2 * dact.cols(), "dgate_up");
-  MM_CHECK(dgate_up.data != dact.data);
-  const Zone zone(dev.profiler, "swiglu_bwd", moved({dgate_up, dact, gate_up}),
-                  26.0 * static_cast<double>(dact.numel()));
+  MM_CHECK(dgate_up.data != dact.data && act.data != dact.data);
+  const Zone zone(dev.profiler, "swiglu_bwd", moved({dgate_up, act, dact, gate_up}),
+                  30.0 * static_cast<double>(dact.numel()));
+  ON_CUDA(swiglu_bwd(gpu(dev), dact.dtype, dgate_up.data, act.data, dact.data, gate_up.data, dact.rows(), dact.cols()))
+  kernels(dev).swiglu_fwd(act.f32(), gate_up.f32(), act.rows(), act.cols());
   kernels(dev).swiglu_bwd(dgate_up.f32(), dact.f32(), gate_up.f32(), dact.rows(), dact.cols());
 }
 
@@ -167,6 +264,7 @@ void logprob_fwd(const Device& dev, View logp, View lse, View logits, const int3
   check_dense(logits, logp.numel(), logits.cols(), "logits");
   MM_CHECK(lse.numel() == logp.numel());
   const Zone zone(dev.profiler, "logprob_fwd", moved({logits}), 15.0 * static_cast<double>(logits.numel()));
+  ON_CUDA(logprob_fwd(gpu(dev), logits.dtype, logp.f32(), lse.f32(), logits.data, targets, logits.rows(), logits.cols()))
   kernels(dev).logprob_fwd(logp.f32(), lse.f32(), logits.f32(), targets, logits.rows(), logits.cols());
 }
 
@@ -174,30 +272,54 @@ void logprob_bwd(const Device& dev, View logits, View lse, View g, const int32_t
   check_dense(logits, lse.numel(), logits.cols(), "logits");
   MM_CHECK(g.numel() == lse.numel());
   const Zone zone(dev.profiler, "logprob_bwd", 2 * moved({logits}), 15.0 * static_cast<double>(logits.numel()));
+  ON_CUDA(logprob_bwd(gpu(dev), logits.dtype, logits.data, lse.f32(), g.f32(), targets, logits.rows(), logits.cols()))
   kernels(dev).logprob_bwd(logits.f32(), lse.f32(), g.f32(), targets, logits.rows(), logits.cols());
+}
+
+void logprob_fwd_bwd(const Device& dev, View logits, View logp, View lse, View g, const int32_t* targets) {
+  check_dense(logits, logp.numel(), logits.cols(), "logits");
+  MM_CHECK(lse.numel() == logp.numel() && g.numel() == logp.numel());
+  const Zone zone(dev.profiler, "logprob_fwd_bwd", 2 * moved({logits}), 25.0 * static_cast<double>(logits.numel()));
+  const int64_t n = logits.rows(), v = logits.cols();
+  ON_CUDA(logprob_fwd_bwd(gpu(dev), logits.dtype, logits.data, logp.f32(), lse.f32(), g.f32(), targets, n, v))
+  kernels(dev).logprob_fwd(logp.f32(), lse.f32(), logits.f32(), targets, n, v);
+  kernels(dev).logprob_bwd(logits.f32(), lse.f32(), g.f32(), targets, n, v);
+}
+
+void weighted_nll(const Device& dev, View out, View logp, View w, bool accumulate) {
+  MM_CHECK(out.numel() == 1 && w.numel() == logp.numel());
+  const Zone zone(dev.profiler, "weighted_nll", moved({logp, w}), 2.0 * static_cast<double>(logp.numel()));
+  auto* sum = out.as<double>();
+  ON_CUDA(weighted_nll(gpu(dev), sum, logp.f32(), w.f32(), logp.numel(), accumulate))
+  if (!accumulate) *sum = 0;
+  for (int64_t t = 0; t < logp.numel(); t++) *sum -= static_cast<double>(w.f32()[t]) * logp.f32()[t];
 }
 
 void dropout(const Device& dev, View x, float p, uint64_t seed, uint64_t stream) {
   MM_CHECK(x.contiguous() && p > 0 && p < 1);
   const Zone zone(dev.profiler, "dropout", 2 * moved({x}), static_cast<double>(x.numel()));
+  ON_CUDA(dropout(gpu(dev), x.dtype, x.data, p, seed, stream, x.numel()))
   kernels(dev).dropout(x.f32(), p, seed, stream, x.numel());
 }
 
 void add(const Device& dev, View y, View x) {
   MM_CHECK(x.contiguous() && y.contiguous() && x.numel() == y.numel());
   const Zone zone(dev.profiler, "add", moved({y, y, x}), static_cast<double>(x.numel()));
+  ON_CUDA(add(gpu(dev), y.dtype, y.data, x.data, x.numel()))
   kernels(dev).add(y.f32(), x.f32(), x.numel());
 }
 
 void gather_rows(const Device& dev, View out, View x, const int32_t* rows) {
   check_dense(out, out.rows(), x.cols(), "out");
   const Zone zone(dev.profiler, "gather_rows", 2 * moved({out}), 0);
+  ON_CUDA(gather_rows(gpu(dev), x.dtype, out.data, x.data, rows, out.rows(), out.cols()))
   kernels(dev).gather_rows(out.f32(), x.f32(), rows, out.rows(), out.cols());
 }
 
 void scatter_rows(const Device& dev, View out, View x, const int32_t* rows) {
   check_dense(x, x.rows(), out.cols(), "x");
   const Zone zone(dev.profiler, "scatter_rows", 2 * moved({x}), 0);
+  ON_CUDA(scatter_rows(gpu(dev), x.dtype, out.data, x.data, rows, x.rows(), x.cols()))
   kernels(dev).scatter_rows(out.f32(), x.f32(), rows, x.rows(), x.cols());
 }
 
@@ -208,6 +330,7 @@ void moe_route_fwd(const Device& dev, View scores, int32_t* experts, View weight
   check_dense(weights, n, weights.cols(), "weights");
   const Zone zone(dev.profiler, "moe_route_fwd", moved({scores, weights, weights, logits}),
                   20.0 * static_cast<double>(logits.numel()));
+  ON_CUDA(moe_route_fwd(gpu(dev), logits.dtype, scores.f32(), experts, weights.f32(), logits.data, n, static_cast<int>(logits.cols()), static_cast<int>(weights.cols()), norm_topk))
   kernels(dev).moe_route_fwd(scores.f32(), experts, weights.f32(), logits.f32(), n, static_cast<int>(logits.cols()),
                              static_cast<int>(weights.cols()), norm_topk);
 }
@@ -219,6 +342,7 @@ void moe_route_bwd(const Device& dev, View dlogits, View dweights, View daux, Vi
   MM_CHECK(daux.numel() == scores.cols() && dweights.rows() == n);
   const Zone zone(dev.profiler, "moe_route_bwd", moved({dlogits, scores, dweights, dweights}),
                   8.0 * static_cast<double>(scores.numel()));
+  ON_CUDA(moe_route_bwd(gpu(dev), dlogits.dtype, dlogits.data, dweights.f32(), daux.f32(), scores.f32(), experts, n, static_cast<int>(scores.cols()), static_cast<int>(dweights.cols()), norm_topk))
   kernels(dev).moe_route_bwd(dlogits.f32(), dweights.f32(), daux.f32(), scores.f32(), experts, n,
                              static_cast<int>(scores.cols()), static_cast<int>(dweights.cols()), norm_topk);
 }
@@ -226,6 +350,7 @@ void moe_route_bwd(const Device& dev, View dlogits, View dweights, View daux, Vi
 void moe_combine_fwd(const Device& dev, View out, View y, const int32_t* slot, View weights) {
   check_dense(y, out.rows() * weights.cols(), out.cols(), "y");
   const Zone zone(dev.profiler, "moe_combine_fwd", moved({out, out, y}), 2.0 * static_cast<double>(y.numel()));
+  ON_CUDA(moe_combine_fwd(gpu(dev), out.dtype, out.data, y.data, slot, weights.f32(), out.rows(), static_cast<int>(weights.cols()), out.cols()))
   kernels(dev).moe_combine_fwd(out.f32(), y.f32(), slot, weights.f32(), out.rows(), static_cast<int>(weights.cols()),
                                out.cols());
 }
@@ -234,6 +359,7 @@ void moe_combine_bwd(const Device& dev, View dy, View dweights, View dout, View 
   check_dense(y, dout.rows() * weights.cols(), dout.cols(), "y");
   check_dense(dy, y.rows(), y.cols(), "dy");
   const Zone zone(dev.profiler, "moe_combine_bwd", moved({dy, dout, y}), 3.0 * static_cast<double>(y.numel()));
+  ON_CUDA(moe_combine_bwd(gpu(dev), dy.dtype, dy.data, dweights.f32(), dout.data, y.data, slot, weights.f32(), dout.rows(), static_cast<int>(weights.cols()), dout.cols()))
   kernels(dev).moe_combine_bwd(dy.f32(), dweights.f32(), dout.f32(), y.f32(), slot, weights.f32(), dout.rows(),
                                static_cast<int>(weights.cols()), dout.cols());
 }
@@ -241,7 +367,69 @@ void moe_combine_bwd(const Device& dev, View dy, View dweights, View dout, View 
 void scatter_add(const Device& dev, View out, View x, const int32_t* slot, int top_k) {
   check_dense(x, out.rows() * top_k, out.cols(), "x");
   const Zone zone(dev.profiler, "scatter_add", moved({out, x}), static_cast<double>(x.numel()));
+  ON_CUDA(scatter_add(gpu(dev), out.dtype, out.data, x.data, slot, out.rows(), top_k, out.cols()))
   kernels(dev).scatter_add(out.f32(), x.f32(), slot, out.rows(), top_k, out.cols());
+}
+
+void moe_sort(const Device& dev, View slot, View rows, View offset, View experts) {
+  const int64_t pairs = experts.numel(), top_k = experts.cols(), n_expert = offset.numel() - 1;
+  MM_CHECK(slot.numel() == pairs && rows.numel() == pairs);
+  const Zone zone(dev.profiler, "moe_sort", moved({slot, rows, experts}), 0);
+  auto *s = slot.as<int32_t>(), *r = rows.as<int32_t>(), *o = offset.as<int32_t>();
+  const auto* expert = experts.as<int32_t>();
+  ON_CUDA(moe_sort(gpu(dev), s, r, o, expert, experts.rows(), static_cast<int>(top_k), static_cast<int>(n_expert)))
+  moe_sort_host(s, r, o, expert, pairs, top_k, n_expert);
+}
+
+void moe_balance(const Device& dev, View aux, View daux, const float* share, View scores, View offset, double coef) {
+  const int64_t n = scores.rows(), n_expert = scores.cols();
+  MM_CHECK(offset.numel() == n_expert + 1 && (!daux || daux.numel() == n_expert));
+  const Zone zone(dev.profiler, "moe_balance", moved({scores}), static_cast<double>(scores.numel()));
+  double* sum = aux ? aux.as<double>() : nullptr;
+  ON_CUDA(moe_balance(gpu(dev), sum, opt(daux), share, scores.f32(), offset.as<int32_t>(), n, static_cast<int>(n_expert),
+                      coef))
+  moe_balance_host(sum, opt(daux), *share, scores.f32(), offset.as<int32_t>(), n, n_expert, coef);
+}
+
+void grouped_fwd(const Device& dev, View y, View x, View w, int64_t stride, View offset) {
+  const int64_t n = w.rows(), k = w.cols(), n_expert = offset.numel() - 1;
+  check_dense(x, x.rows(), k, "x");
+  check_dense(y, x.rows(), n, "y");
+  const Zone zone(dev.profiler, "grouped_fwd", moved({y, x}) + static_cast<double>(n_expert) * moved({w}),
+                  2.0 * static_cast<double>(x.rows() * n * k));
+  const auto* o = offset.as<int32_t>();
+  ON_CUDA(grouped_fwd(gpu(dev), x.dtype, y.data, x.data, w.data, stride, o, x.rows(), n, k,
+                      static_cast<int>(n_expert)))
+  for (int64_t e = 0; e < n_expert; e++) {
+    if (o[e] == o[e + 1]) continue;
+    kernels(dev).linear_fwd(y.f32() + o[e] * n, n, x.f32() + o[e] * k, k, w.f32() + e * stride, o[e + 1] - o[e], n, k,
+                            false, use_bf16(dev));
+  }
+}
+
+void grouped_bwd(const Device& dev, View dx, View dw, View dy, View x, View w, int64_t stride, View offset) {
+  const int64_t n = w.rows(), k = w.cols(), n_expert = offset.numel() - 1;
+  check_dense(dy, dy.rows(), n, "dy");
+  if (dx) check_dense(dx, dy.rows(), k, "dx");
+  if (dw) check_dense(x, dy.rows(), k, "x");
+  const double products = (dx ? 1 : 0) + (dw ? 1 : 0);
+  const Zone zone(dev.profiler, "grouped_bwd", moved({dx, dy, x}) + static_cast<double>(n_expert) * moved({dw, w}),
+                  products * 2.0 * static_cast<double>(dy.rows() * n * k));
+  const auto* o = offset.as<int32_t>();
+#ifdef MM_CUDA
+  if (dev.kind == DeviceKind::cuda) {
+    const int e = static_cast<int>(n_expert);
+    if (dx) cuda::grouped_dgrad(gpu(dev), dy.dtype, dx.data, dy.data, w.data, stride, o, dy.rows(), n, k, e);
+    if (dw) cuda::grouped_wgrad(gpu(dev), dy.dtype, dw.f32(), stride, dy.data, x.data, o, dy.rows(), n, k, e);
+    return;
+  }
+#endif
+  for (int64_t e = 0; e < n_expert; e++) {
+    if (o[e] == o[e + 1]) continue;
+    kernels(dev).linear_bwd(dx ? dx.f32() + o[e] * k : nullptr, k, dw ? dw.f32() + e * stride : nullptr,
+                            dy.f32() + o[e] * n, n, dw ? x.f32() + o[e] * k : nullptr, k, w.f32() + e * stride,
+                            o[e + 1] - o[e], n, k, false, use_bf16(dev));
+  }
 }
 
 void adamw(const Device& dev, View p, View g, View m, View v, const AdamWArgs& args) {
@@ -253,12 +441,14 @@ void adamw(const Device& dev, View p, View g, View m, View v, const AdamWArgs& a
 void copy(const Device& dev, View y, View x) {
   MM_CHECK(x.contiguous() && y.contiguous() && x.numel() == y.numel());
   const Zone zone(dev.profiler, "copy", moved({x, y}), 0);
+  ON_CUDA(copy(gpu(dev), x.dtype, y.data, x.data, x.numel()))
   kernels(dev).copy(y.f32(), x.f32(), x.numel());
 }
 
 void zero(const Device& dev, View x) {
   MM_CHECK(x.contiguous());
   const Zone zone(dev.profiler, "zero", moved({x}), 0);
+  ON_CUDA(zero(gpu(dev), x.data, x.bytes()))
   kernels(dev).zero(x.f32(), x.numel());
 }
 

@@ -4,30 +4,35 @@
 #include <cstddef>
 #include <memory>
 
+#include "tensor/memory.h"
 #include "tensor/view.h"
 
 namespace mm {
 
-// 64-byte aligned, zero-initialised (fresh pages from the system, so untouched parts cost no memory). Move only.
+// 64-byte aligned at least, zero-initialised (on the host by fresh pages from the system, so untouched parts cost no
+// memory). Move only.
 class Buffer {
  public:
   Buffer() = default;
-  explicit Buffer(size_t bytes);  // Error with the size when the system refuses
+  explicit Buffer(size_t bytes, Memory where = Memory::host);  // Error with the size when the system refuses
   void* data() const { return data_.get(); }
   float* f32() const { return static_cast<float*>(data_.get()); }
   size_t size() const { return size_; }
+  Memory where() const { return where_; }
 
  private:
   struct Free {
     size_t bytes;
+    Memory where;
     void operator()(void* p) const;
   };
-  std::unique_ptr<void, Free> data_{nullptr, Free{0}};
+  std::unique_ptr<void, Free> data_{nullptr, Free{0, Memory::host}};
   size_t size_ = 0;
+  Memory where_ = Memory::host;
 };
 
 // Two passes over the same code: the first with a null base adds up the bytes, the second hands out views. Offsets are
-// multiples of 64 bytes. Not thread safe.
+// multiples of 256 bytes, which suits every copy engine. Not thread safe.
 class Arena {
  public:
   Arena() = default;  // counting pass
@@ -37,6 +42,7 @@ class Arena {
   void rewind(size_t to) { used_ = to; }  // reuse what was taken after a mark
 
  private:
+  static constexpr size_t alignment = 256;
   char* base_ = nullptr;
   size_t used_ = 0, size_ = 0;
 };

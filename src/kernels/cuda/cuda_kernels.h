@@ -144,9 +144,10 @@ void moe_route_bwd(const Context& ctx, DType t, void* dlogits, const float* dwei
 // [n_expert + 1] = first row of each expert. All on the device.
 void moe_sort(const Context& ctx, int32_t* slot, int32_t* rows, int32_t* offset, const int32_t* experts, int64_t n,
               int top_k, int n_expert);
-// Balance loss coef * E * sum_e load_e mean_t(scores[t, e]), load_e = pairs of e / n, into *aux (+=, times share, double,
-// device; null: not wanted); daux[e] = aux_scale * its gradient with respect to one score of e (null: not wanted).
-void moe_balance(const Context& ctx, double* aux, double share, float* daux, float aux_scale, const float* scores,
+// Balance loss coef * E * sum_e load_e mean_t(scores[t, e]), load_e = pairs of e / n. *aux += share * loss (double,
+// device; null: not wanted); daux[e] = share * its gradient with respect to one score of e (null: not wanted). *share
+// lies on the device.
+void moe_balance(const Context& ctx, double* aux, float* daux, const float* share, const float* scores,
                  const int32_t* offset, int64_t n, int n_expert, double coef);
 void moe_combine_fwd(const Context& ctx, DType t, void* out, const void* y, const int32_t* slot, const float* weights,
                      int64_t n, int top_k, int64_t d);  // out[t] += sum_j weights[t,j] * y[slot[t,j]]

@@ -1,0 +1,290 @@
+#include "kernels/cuda/gemm.h"
+
+#include <cublasLt.h>
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <filesystem>
+#include <map>
+#include <vector>
+
+#include "base/error.h"
+#include "base/fs.h"
+#include "base/json.h"
+#include "base/log.h"
+#include "kernels/cuda/cuda_check.h"
+#include "tensor/memory.h"
+
+namespace mm::cuda {
+
+namespace {
+
+constexpr size_t workspace = size_t{32} << 20;  // NVIDIA's advice for Hopper
+constexpr int candidates = 12, timed_runs = 6;
+
+#define MM_CUBLASLT_FUNCTIONS(X)                                                                                     \
+  X(cublasLtCreate)                                                                                                  \
+  X(cublasLtDestroy)                                                                                                 \
+  X(cublasLtGetVersion)                                                                                              \
+  X(cublasLtMatmul)                                                                                                  \
+  X(cublasLtMatmulAlgoGetHeuristic)                                                                                  \
+  X(cublasLtMatmulAlgoCheck)                                                                                         \
+  X(cublasLtMatmulDescCreate)                                                                                        \
+  X(cublasLtMatmulDescDestroy)                                                                                       \
+  X(cublasLtMatmulDescSetAttribute)                                                                                  \
+  X(cublasLtMatrixLayoutCreate)                                                                                      \
+  X(cublasLtMatrixLayoutDestroy)                                                                                     \
+  X(cublasLtMatmulPreferenceCreate)                                                                                  \
+  X(cublasLtMatmulPreferenceDestroy)                                                                                 \
+  X(cublasLtMatmulPreferenceSetAttribute)
+
+struct Library {
+#define MM_DECLARE(name) decltype(&::name) name = nullptr;
+  MM_CUBLASLT_FUNCTIONS(MM_DECLARE)
+#undef MM_DECLARE
+  Library() {
+    constexpr int major = CUBLAS_VER_MAJOR;
+    const std::string name = "libcublasLt.so." + std::to_string(major);
+    void* handle = dlopen(name.c_str(), RTLD_NOW | RTLD_LOCAL);
+    for (const char* dir : {"/usr/local/cuda/lib64/", "/usr/local/cuda/targets/x86_64-linux/lib/"}) {
+      if (handle == nullptr) handle = dlopen((dir + name).c_str(), RTLD_NOW | RTLD_LOCAL);
+    }
+    if (handle == nullptr) {
+      throw Error("--device cuda", name + " (CUDA toolkit, or beside the program in lib/)", "none",
+                  "add its folder to LD_LIBRARY_PATH");
+    }
+#define MM_RESOLVE(f)                                             \
+  f = reinterpret_cast<decltype(f)>(dlsym(handle, #f)); /* NOLINT */ \
+  if (f == nullptr) throw Error(name, #f, "a library without it");
+    MM_CUBLASLT_FUNCTIONS(MM_RESOLVE)
+#undef MM_RESOLVE
+  }
+};
+
+void require(cublasStatus_t s, const char* what, const GemmShape& g) {
+  if (s == CUBLAS_STATUS_SUCCESS) return;
+  throw Error(std::string("cuBLASLt: ") + what, "success",
+              fmt::format("status {} for m {} n {} k {}", static_cast<int>(s), g.m, g.n, g.k));
+}
+
+cudaDataType_t data_type(DType t) {
+  switch (t) {
+    case DType::bf16: return CUDA_R_16BF;
+    case DType::f16: return CUDA_R_16F;
+    case DType::f32: return CUDA_R_32F;
+    default: MM_CHECK(false, "{}", dtype_name(t));
+  }
+  return CUDA_R_32F;
+}
+
+std::string key_of(const GemmShape& g) {
+  return fmt::format("m{} n{} k{} lda{} ldb{} ldd{} ldc{} {}{} {} {} {}", g.m, g.n, g.k, g.lda, g.ldb, g.ldd, g.ldc,
+                     g.trans_a ? 't' : 'n', g.trans_b ? 't' : 'n', g.add_c ? "add" : "set", dtype_name(g.in),
+                     dtype_name(g.out));
+}
+
+std::string hex_of(const cublasLtMatmulAlgo_t& algo) {
+  std::string s;
+  for (const uint64_t word : algo.data) s += fmt::format("{:016x}", word);
+  return s;
+}
+
+bool from_hex(const std::string& s, cublasLtMatmulAlgo_t& algo) {
+  if (s.size() != 16 * std::size(algo.data)) return false;
+  for (size_t i = 0; i < std::size(algo.data); i++) {
+    char* end = nullptr;
+    const std::string part = s.substr(16 * i, 16);
+    algo.data[i] = std::strtoull(part.c_str(), &end, 16);
+    if (*end != 0) return false;
+  }
+  return true;
+}
+
+std::string cache_dir() {
+  if (const char* d = std::getenv("XDG_CACHE_HOME"); d != nullptr && d[0] == '/') return path_join(d, "minimind");
+  const char* home = std::getenv("HOME");
+  return home == nullptr || home[0] != '/' ? "" : path_join(home, ".cache/minimind");
+}
+
+// cuBLASLt thinks in columns: a row-major matrix is its transpose there, so D^T = op(B)^T op(A)^T.
+struct Plan {
+  cublasLtMatmulDesc_t op = nullptr;
+  cublasLtMatrixLayout_t a = nullptr, b = nullptr, c = nullptr, d = nullptr;  // a is our B
+  cublasLtMatmulAlgo_t algo{};
+};
+
+}  // namespace
+
+struct Gemm::Impl {
+  const Context& ctx;
+  Library lib;
+  cublasLtHandle_t handle = nullptr;
+  void* space = nullptr;
+  std::map<GemmShape, Plan> plans;
+  std::string cache_path;
+  ordered_json cache = ordered_json::object();
+
+  explicit Impl(const Context& c) : ctx(c) {
+    require(lib.cublasLtCreate(&handle), "create", {});
+    space = allocate(workspace, Memory::cuda);
+    const std::string dir = cache_dir();
+    if (dir.empty()) return;
+    std::string gpu = cuda_status().name;
+    std::replace_if(gpu.begin(), gpu.end(), [](char ch) { return std::isalnum(static_cast<unsigned char>(ch)) == 0; }, '-');
+    cache_path = path_join(dir, fmt::format("gemm-{}-{}.json", gpu, lib.cublasLtGetVersion()));
+    try {
+      if (file_exists(cache_path)) cache = load_json(cache_path);
+    } catch (const Error& e) {
+      log_warn("the choices of matrix products are timed again: {}", e.what());
+    }
+    if (!cache.is_object()) cache = ordered_json::object();
+  }
+  ~Impl() {
+    for (auto& [shape, p] : plans) destroy(p);
+    if (space != nullptr) release(space, workspace, Memory::cuda);
+    if (handle != nullptr) lib.cublasLtDestroy(handle);
+  }
+  void destroy(Plan& p) {
+    for (cublasLtMatrixLayout_t l : {p.a, p.b, p.c, p.d}) {
+      if (l != nullptr) lib.cublasLtMatrixLayoutDestroy(l);
+    }
+    if (p.op != nullptr) lib.cublasLtMatmulDescDestroy(p.op);
+  }
+
+  cublasStatus_t launch(const GemmShape& g, const Plan& p, const cublasLtMatmulAlgo_t& algo, void* d, const void* a,
+                        const void* b, const void* c) {
+    const float one = 1.0f, beta = g.add_c ? 1.0f : 0.0f;
+    return lib.cublasLtMatmul(handle, p.op, &one, b, p.a, a, p.b, &beta, g.add_c ? c : d, p.c, d, p.d, &algo, space,
+                              workspace, ctx.stream);
+  }
+
+  Plan make(const GemmShape& g) {
+    Plan p;
+    require(lib.cublasLtMatmulDescCreate(&p.op, CUBLAS_COMPUTE_32F, CUDA_R_32F), "descriptor", g);
+    const cublasOperation_t op_a = g.trans_b ? CUBLAS_OP_T : CUBLAS_OP_N, op_b = g.trans_a ? CUBLAS_OP_T : CUBLAS_OP_N;
+    lib.cublasLtMatmulDescSetAttribute(p.op, CUBLASLT_MATMUL_DESC_TRANSA, &op_a, sizeof(op_a));
+    lib.cublasLtMatmulDescSetAttribute(p.op, CUBLASLT_MATMUL_DESC_TRANSB, &op_b, sizeof(op_b));
+    const auto layout = [&](cublasLtMatrixLayout_t* l, DType t, int64_t rows, int64_t cols, int64_t ld) {
+      require(lib.cublasLtMatrixLayoutCreate(l, data_type(t), static_cast<uint64_t>(rows), static_cast<uint64_t>(cols),
+                                             ld),
+              "layout", g);
+    };
+    layout(&p.a, g.in, g.trans_b ? g.k : g.n, g.trans_b ? g.n : g.k, g.ldb);
+    layout(&p.b, g.in, g.trans_a ? g.m : g.k, g.trans_a ? g.k : g.m, g.lda);
+    layout(&p.c, g.out, g.n, g.m, g.add_c ? g.ldc : g.ldd);
+    layout(&p.d, g.out, g.n, g.m, g.ldd);
+    return p;
+  }
+
+  std::vector<cublasLtMatmulAlgo_t> propose(const GemmShape& g, const Plan& p) {
+    cublasLtMatmulPreference_t pref = nullptr;
+    require(lib.cublasLtMatmulPreferenceCreate(&pref), "preference", g);
+    const size_t bytes = workspace;
+    lib.cublasLtMatmulPreferenceSetAttribute(pref, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes, sizeof(bytes));
+    // In-place sums of partial results would depend on who comes first.
+    const uint32_t schemes = CUBLASLT_REDUCTION_SCHEME_NONE | CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
+    lib.cublasLtMatmulPreferenceSetAttribute(pref, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &schemes,
+                                             sizeof(schemes));
+    cublasLtMatmulHeuristicResult_t found[candidates];
+    int n = 0;
+    const cublasStatus_t s =
+        lib.cublasLtMatmulAlgoGetHeuristic(handle, p.op, p.a, p.b, p.c, p.d, pref, candidates, found, &n);
+    lib.cublasLtMatmulPreferenceDestroy(pref);
+    require(s, "no algorithm", g);
+    std::vector<cublasLtMatmulAlgo_t> algos;
+    for (int i = 0; i < n; i++) {
+      if (found[i].state == CUBLAS_STATUS_SUCCESS) algos.push_back(found[i].algo);
+    }
+    if (algos.empty()) require(CUBLAS_STATUS_NOT_SUPPORTED, "no algorithm", g);
+    return algos;
+  }
+
+  // The fastest of the proposals by the median of a few runs, into memory of its own so that `+=` stays harmless.
+  cublasLtMatmulAlgo_t fastest(const GemmShape& g, const Plan& p, const std::vector<cublasLtMatmulAlgo_t>& algos,
+                               const void* a, const void* b) {
+    const size_t bytes = static_cast<size_t>(g.m * std::max(g.ldd, g.ldc)) * dtype_size(g.out);
+    void* d = nullptr;
+    if (cudaMalloc(&d, bytes) != cudaSuccess) {
+      (void)cudaGetLastError();
+      return algos.front();
+    }
+    cudaMemsetAsync(d, 0, bytes, ctx.stream);
+    cudaEvent_t start = nullptr, stop = nullptr;
+    cudaEventCreate(&start);
+    cudaEventCreate(&stop);
+    size_t best = 0;
+    float best_ms = 1e30f;
+    for (size_t i = 0; i < algos.size(); i++) {
+      std::vector<float> ms;
+      for (int r = 0; r < timed_runs; r++) {
+        cudaEventRecord(start, ctx.stream);
+        if (launch(g, p, algos[i], d, a, b, d) != CUBLAS_STATUS_SUCCESS) break;
+        cudaEventRecord(stop, ctx.stream);
+        if (cudaEventSynchronize(stop) != cudaSuccess) break;
+        float t = 0;
+        cudaEventElapsedTime(&t, start, stop);
+        if (r > 0) ms.push_back(t);
+      }
+      if (static_cast<int>(ms.size()) < timed_runs - 1) continue;
+      std::sort(ms.begin(), ms.end());
+      if (ms[ms.size() / 2] < 0.98f * best_ms) best_ms = ms[ms.size() / 2], best = i;
+    }
+    cudaEventDestroy(start);
+    cudaEventDestroy(stop);
+    cudaFree(d);
+    MM_CUDA_CHECK(cudaGetLastError());
+    log_debug("product {}: candidate {} of {}, {:.3f} ms, {:.0f} TFLOP/s", key_of(g), best + 1, algos.size(), best_ms,
+              2e-9 * static_cast<double>(g.m * g.n * g.k) / best_ms);
+    return algos[best];
+  }
+
+  void remember(const GemmShape& g, const cublasLtMatmulAlgo_t& algo) {
+    cache[key_of(g)] = hex_of(algo);
+    if (cache_path.empty()) return;
+    try {
+      make_dirs(std::filesystem::path(cache_path).parent_path().string());
+      write_file(cache_path, cache.dump(1) + "\n");
+    } catch (const Error& e) {
+      log_warn("the choices of matrix products were not kept: {}", e.what());
+      cache_path.clear();
+    }
+  }
+
+  const Plan& plan(const GemmShape& g, const void* a, const void* b) {
+    if (const auto it = plans.find(g); it != plans.end()) return it->second;
+    Plan p = make(g);
+    try {
+      cublasLtMatmulHeuristicResult_t checked{};
+      const auto known = cache.find(key_of(g));
+      if (known != cache.end() && known->is_string() && from_hex(known->get<std::string>(), p.algo) &&
+          lib.cublasLtMatmulAlgoCheck(handle, p.op, p.a, p.b, p.c, p.d, &p.algo, &checked) == CUBLAS_STATUS_SUCCESS &&
+          checked.workspaceSize <= workspace) {
+        return plans.emplace(g, p).first->second;
+      }
+      const auto algos = propose(g, p);
+      cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
+      MM_CUDA_CHECK(cudaStreamIsCapturing(ctx.stream, &capturing));
+      // Products of a few microseconds are not worth the wait, nor can a capture time anything.
+      const bool timed = capturing == cudaStreamCaptureStatusNone && g.m * g.n * g.k >= int64_t{1} << 27;
+      p.algo = timed ? fastest(g, p, algos, a, b) : algos.front();
+      if (timed) remember(g, p.algo);
+    } catch (...) {
+      destroy(p);
+      throw;
+    }
+    return plans.emplace(g, p).first->second;
+  }
+};
+
+Gemm::Gemm(const Context& ctx) : impl_(std::make_unique<Impl>(ctx)) {}
+Gemm::~Gemm() = default;
+size_t Gemm::workspace_bytes() { return workspace; }
+
+void Gemm::run(const GemmShape& g, void* d, const void* a, const void* b, const void* c) {
+  if (g.m == 0 || g.n == 0) return;
+  const Plan& p = impl_->plan(g, a, b);
+  require(impl_->launch(g, p, p.algo, d, a, b, c), "product", g);
+}
+
+}  // namespace mm::cuda
