@@ -91,6 +91,12 @@ struct Raw {
       *reinterpret_cast<uint16_t*>(p) = static_cast<uint16_t>(w[0]);
     }
   }
+  // Hides the value from the compiler, which would otherwise keep the floats of a pack that a loop does not change in
+  // twice as many registers.
+  __device__ __forceinline__ void forget() {
+#pragma unroll
+    for (int i = 0; i < words; i++) asm volatile("" : "+r"(w[i]));
+  }
   __device__ __forceinline__ void get(float (&x)[V]) const {
     if constexpr (sizeof(T) == 4) {
 #pragma unroll
