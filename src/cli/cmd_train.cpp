@@ -106,12 +106,12 @@ void add_optimizer_flags(CLI::App* c, TrainFlags& f) {
   c->add_option("--decay-share", t.schedule.decay_share, "wsd: share of the steps that the rate falls")
       ->check(CLI::Range(0.0, 1.0))
       ->group("Optimizer");
-  c->add_option("--weight-decay", t.optimizer.weight_decay, "AdamW's, on every parameter")
+  c->add_option("--weight-decay", t.step.optimizer.weight_decay, "AdamW's, on every parameter")
       ->check(CLI::NonNegativeNumber)
       ->group("Optimizer");
-  c->add_option("--beta1", t.optimizer.beta1)->check(CLI::Range(0.0, 0.99999))->group("Optimizer");
-  c->add_option("--beta2", t.optimizer.beta2)->check(CLI::Range(0.0, 0.999999))->group("Optimizer");
-  c->add_option("--grad-clip", t.optimizer.grad_clip, "Largest gradient norm (0: no clipping)")
+  c->add_option("--beta1", t.step.optimizer.beta1)->check(CLI::Range(0.0, 0.99999))->group("Optimizer");
+  c->add_option("--beta2", t.step.optimizer.beta2)->check(CLI::Range(0.0, 0.999999))->group("Optimizer");
+  c->add_option("--grad-clip", t.step.optimizer.grad_clip, "Largest gradient norm (0: no clipping)")
       ->check(CLI::NonNegativeNumber)
       ->group("Optimizer");
   c->add_option("--dropout", f.dropout, "Overrides the config's dropout")

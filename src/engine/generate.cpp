@@ -40,6 +40,7 @@ struct Sequence {
 }  // namespace
 
 struct Generator::Impl {
+  std::unique_ptr<Model> replica;  // on a GPU
   Model& model;
   std::optional<Tokenizer> tokenizer;
   GeneratorOptions options;
@@ -56,12 +57,13 @@ struct Generator::Impl {
   std::vector<Sequence*> row_owner;  // [rows]
 
   Impl(Model& m, std::optional<Tokenizer> t, const GeneratorOptions& o)
-      : model(m),
+      : replica(o.device.on_gpu() ? m.replica(o.device, o.context) : nullptr),
+        model(replica ? *replica : m),
         tokenizer(std::move(t)),
         options(o),
-        cache(m.config, o.max_sequences, o.context),
-        acts(m.config, o.prefill_chunk + o.max_sequences, /*train=*/false),
-        head(m.config),
+        cache(m.config, o.max_sequences, o.context, o.device),
+        acts(m.config, o.prefill_chunk + o.max_sequences, /*train=*/false, o.device),
+        head(m.config, o.device),
         logits_buffer(static_cast<size_t>(o.max_sequences * m.config.vocab_size) * sizeof(float)),
         held(static_cast<size_t>(o.max_sequences)) {}
 

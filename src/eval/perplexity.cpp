@@ -25,11 +25,14 @@ Perplexity perplexity(Model& model, const Tokenizer& tokenizer, const std::vecto
   if (data.targets() == 0) throw Error(paths[0], "rows with tokens to predict", "none");
 
   const int64_t max_tok = std::min(std::max(options.batch_tokens, data.max_row_len()), data.tokens());
-  Activations acts(model.config, max_tok, /*train=*/false);
-  LmHead head(model.config);
+  std::unique_ptr<Model> replica;
+  if (options.device.on_gpu()) replica = model.replica(options.device, data.max_row_len());
+  Model& computing = replica ? *replica : model;
+  Activations acts(model.config, max_tok, /*train=*/false, options.device);
+  LmHead head(model.config, options.device);
   Progress progress("perplexity", data.tokens(), "tok");
   const double start = now_seconds();
-  const NllSum sum = sum_nll(options.device, model, data, acts, head, [&](int64_t tokens) {
+  const NllSum sum = sum_nll(options.device, computing, data, acts, head, [&](int64_t tokens) {
     progress.set(tokens);
     return true;
   });

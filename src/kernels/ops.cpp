@@ -445,11 +445,18 @@ void copy(const Device& dev, View y, View x) {
   kernels(dev).copy(y.f32(), x.f32(), x.numel());
 }
 
+void cast(const Device& dev, View y, View x) {
+  MM_CHECK(x.contiguous() && y.contiguous() && x.numel() == y.numel());
+  const Zone zone(dev.profiler, "cast", moved({x, y}), 0);
+  ON_CUDA(cast(gpu(dev), y.dtype, y.data, x.dtype, x.data, x.numel()))
+  kernels(dev).copy(y.f32(), x.f32(), x.numel());
+}
+
 void zero(const Device& dev, View x) {
   MM_CHECK(x.contiguous());
   const Zone zone(dev.profiler, "zero", moved({x}), 0);
   ON_CUDA(zero(gpu(dev), x.data, x.bytes()))
-  kernels(dev).zero(x.f32(), x.numel());
+  kernels(dev).zero(static_cast<float*>(x.data), static_cast<int64_t>(x.bytes() / sizeof(float)));
 }
 
 double sum_sq(const Device& dev, View x) {

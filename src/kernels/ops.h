@@ -94,6 +94,7 @@ void grouped_bwd(const Device& dev, View dx, View dw, View dy, View x, View w, i
 
 void adamw(const Device& dev, View p, View g, View m, View v, const AdamWArgs& args);
 void copy(const Device& dev, View y, View x);  // contiguous, same number of elements
+void cast(const Device& dev, View y, View x);  // GPU: from one type to another
 void zero(const Device& dev, View x);
 double sum_sq(const Device& dev, View x);  // CPU; on a GPU the optimizer's kernels read the sum where it is
 

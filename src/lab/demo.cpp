@@ -152,8 +152,8 @@ TrainOptions stage_options(const DemoOptions& o, const std::string& title, const
   t.loader.seed = o.seed;
   t.schedule.base_lr = lr;
   t.schedule.warmup_steps = std::min<int64_t>(50, data.tokens() / (kBatchSize * kSeqLen) / 10);
-  t.optimizer.beta2 = 0.95;
-  t.optimizer.weight_decay = 0.1;
+  t.step.optimizer.beta2 = 0.95;
+  t.step.optimizer.weight_decay = 0.1;
   t.seed = o.seed;
   t.save_every = 1000;
   t.keep_checkpoints = 1;

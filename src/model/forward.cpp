@@ -17,38 +17,38 @@ uint64_t drop_stream(DropoutKey key, int64_t layer, DropSite site) {
   return key.step << 16 | static_cast<uint64_t>(layer) << 2 | static_cast<uint64_t>(site);
 }
 
-NormRopeArgs norm_rope_args(const Model& model, const LayerViews& w, const TokenBatch& batch) {
+ops::NormRope norm_rope_args(const Model& model, const LayerViews& w, const StagedBatch& batch) {
   const ModelConfig& c = model.config;
-  return {.q_weight = c.qk_norm ? w.q_norm.f32() : nullptr,
-          .k_weight = c.qk_norm ? w.k_norm.f32() : nullptr,
+  return {.q_weight = w.q_norm,
+          .k_weight = w.k_norm,
           .cos = model.rope.cos(),
           .sin = model.rope.sin(),
-          .positions = batch.positions.data(),
+          .positions = batch.positions,
           .eps = c.rms_norm_eps,
-          .n = batch.n_tok(),
+          .n = batch.n_tok,
           .n_head = static_cast<int>(c.num_attention_heads),
           .n_kv_head = static_cast<int>(c.num_key_value_heads),
           .d_head = static_cast<int>(c.head_dim)};
 }
 
 // Keys and values: of the batch itself (k rotated, v inside qkv), or of the cache.
-AttentionArgs attention_args(const ModelConfig& c, const TokenBatch& batch, const Activations& acts, const LayerActs& a,
-                             const KvCache* cache, int64_t layer, DropoutKey key) {
-  const View k = cache != nullptr ? cache->k(layer) : acts.k;
-  const View v = cache != nullptr ? cache->v(layer) : a.qkv.col_slice(c.q_width() + c.kv_width(), c.qkv_width());
-  return {.q = acts.q.f32(),
-          .k = k.f32(),
-          .v = v.f32(),
-          .out = a.attn.f32(),
-          .lse = acts.train() ? a.lse.f32() : nullptr,
-          .ldq = acts.q.ld,
-          .ldk = k.ld,
-          .ldv = v.ld,
-          .ldo = a.attn.ld,
-          .cu = batch.cu_seqlens.data(),
-          .kv_start = cache != nullptr ? cache->plan().kv_start.data() : nullptr,
-          .kv_len = cache != nullptr ? cache->plan().kv_len.data() : nullptr,
-          .n_seq = batch.n_seq(),
+ops::Attention attention_args(const ModelConfig& c, const StagedBatch& batch, const Activations& acts,
+                              const LayerActs& a, const KvCache* cache, int64_t layer, DropoutKey key) {
+  return {.q = a.q,
+          .k = cache != nullptr ? cache->k(layer) : a.k,
+          .v = cache != nullptr ? cache->v(layer) : a.qkv.col_slice(c.q_width() + c.kv_width(), c.qkv_width()),
+          .out = a.attn,
+          .lse = acts.train() ? a.lse : View(),
+          .cu = batch.cu_seqlens,
+          .kv_start = batch.kv_start,
+          .kv_len = batch.kv_len,
+          .n_seq = batch.n_seq,
+          .n_tok = batch.n_tok,
+          .pairs = batch.pairs,
+          .keys = batch.keys,
+          .tiles = batch.tiles,
+          .n_tiles = batch.n_tiles,
+          .max_tiles = batch.max_tiles,
           .n_head = static_cast<int>(c.num_attention_heads),
           .n_kv_head = static_cast<int>(c.num_key_value_heads),
           .d_head = static_cast<int>(c.head_dim),
@@ -57,6 +57,81 @@ AttentionArgs attention_args(const ModelConfig& c, const TokenBatch& batch, cons
           .seed = key.seed,
           .stream = drop_stream(key, layer, DropSite::attention)};
 }
+
+void attention_forward(const Device& dev, const Model& model, const LayerViews& w, Activations& acts, LayerActs& a,
+                       const KvCache* cache, int64_t layer, DropoutKey key) {
+  const ModelConfig& c = model.config;
+  const StagedBatch& batch = acts.stage.current();
+  ops::rmsnorm_fwd(dev, a.h_in, a.rstd_in, a.x_in, w.input_norm, c.rms_norm_eps);
+  ops::linear_fwd(dev, a.qkv, a.h_in, w.qkv);
+  if (cache != nullptr) {
+    ops::qk_norm_rope_fwd(dev, a.q, cache->k(layer), cache->v(layer), batch.slots, a.qkv,
+                          norm_rope_args(model, w, batch));
+  } else {
+    ops::qk_norm_rope_fwd(dev, a.q, a.k, View(), nullptr, a.qkv, norm_rope_args(model, w, batch));
+  }
+  ops::attention_fwd(dev, attention_args(c, batch, acts, a, cache, layer, key));
+  if (acts.train() && c.dropout > 0) {
+    ops::linear_fwd(dev, acts.branch, a.attn, w.o);
+    ops::dropout(dev, acts.branch, c.dropout, key.seed, drop_stream(key, layer, DropSite::attention_out));
+    ops::copy(dev, a.x_mid, a.x_in);
+    ops::add(dev, a.x_mid, acts.branch);
+  } else {
+    ops::linear_fwd(dev, a.x_mid, a.attn, w.o, a.x_in);
+  }
+}
+
+void attention_backward(const Device& dev, Model& model, const LayerViews& w, LayerViews& g, Activations& acts,
+                        LayerActs& a, int64_t layer, DropoutKey key) {
+  const ModelConfig& c = model.config;
+  const StagedBatch& batch = acts.stage.current();
+  const bool again = acts.recompute() != Recompute::none;
+  if (again) ops::qk_norm_rope_fwd(dev, a.q, a.k, View(), nullptr, a.qkv, norm_rope_args(model, w, batch));
+  View dout = acts.dres;
+  if (c.dropout > 0) {
+    ops::copy(dev, acts.branch, acts.dres);
+    ops::dropout(dev, acts.branch, c.dropout, key.seed, drop_stream(key, layer, DropSite::attention_out));
+    dout = acts.branch;
+  }
+  ops::linear_bwd(dev, acts.dattn, g.o, dout, a.attn, w.o);
+  const int64_t q_end = c.q_width(), k_end = q_end + c.kv_width();
+  ops::attention_bwd(dev, attention_args(c, batch, acts, a, nullptr, layer, key), acts.dattn,
+                     acts.dqkv.col_slice(0, q_end), acts.dqkv.col_slice(q_end, k_end),
+                     acts.dqkv.col_slice(k_end, c.qkv_width()));
+  ops::qk_norm_rope_bwd(dev, acts.dqkv, g.q_norm, g.k_norm, a.qkv, norm_rope_args(model, w, batch));
+  if (again) ops::rmsnorm_fwd(dev, a.h_in, View(), a.x_in, w.input_norm, c.rms_norm_eps);
+  ops::linear_bwd(dev, acts.dh, g.qkv, acts.dqkv, a.h_in, w.qkv);
+  ops::rmsnorm_bwd(dev, acts.dres, g.input_norm, acts.dh, a.x_in, a.rstd_in, w.input_norm);
+}
+
+void ffn_forward(const Device& dev, const ModelConfig& c, const LayerViews& w, Activations& acts, LayerActs& a,
+                 View x_out) {
+  ops::rmsnorm_fwd(dev, a.h_mid, a.rstd_mid, a.x_mid, w.post_norm, c.rms_norm_eps);
+  if (c.is_moe()) {
+    moe_forward(dev, c, w, a, acts, x_out, a.x_mid);
+    return;
+  }
+  ops::linear_fwd(dev, a.gate_up, a.h_mid, w.gate_up);
+  ops::swiglu_fwd(dev, a.act, a.gate_up);
+  ops::linear_fwd(dev, x_out, a.act, w.down, a.x_mid);
+}
+
+void ffn_backward(const Device& dev, const ModelConfig& c, const LayerViews& w, LayerViews& g, Activations& acts,
+                  LayerActs& a) {
+  if (acts.recompute() != Recompute::none) ops::rmsnorm_fwd(dev, a.h_mid, View(), a.x_mid, w.post_norm, c.rms_norm_eps);
+  if (c.is_moe()) {
+    moe_backward(dev, c, w, g, a, acts);
+  } else {
+    if (acts.recompute() == Recompute::ffn) ops::linear_fwd(dev, a.gate_up, a.h_mid, w.gate_up);
+    ops::linear_bwd(dev, acts.dact, View(), acts.dres, View(), w.down);
+    ops::swiglu_bwd(dev, a.gate_up, a.act, acts.dact, a.gate_up);  // gate_up becomes its gradient
+    ops::linear_bwd(dev, View(), g.down, acts.dres, a.act, w.down);
+    ops::linear_bwd(dev, acts.dh, g.gate_up, a.gate_up, a.h_mid, w.gate_up);
+  }
+  ops::rmsnorm_bwd(dev, acts.dres, g.post_norm, acts.dh, a.x_mid, a.rstd_mid, w.post_norm);
+}
+
+}  // namespace
 
 void check_batch(Model& model, const TokenBatch& batch, const KvCache* cache) {
   MM_CHECK(batch.n_tok() > 0 && batch.positions.size() == batch.ids.size() && batch.cu_seqlens.size() >= 2 &&
@@ -72,98 +147,26 @@ void check_batch(Model& model, const TokenBatch& batch, const KvCache* cache) {
   model.rope.ensure(*std::max_element(batch.positions.begin(), batch.positions.end()) + 1);
 }
 
-void attention_forward(const Device& dev, const Model& model, const LayerViews& w, const TokenBatch& batch,
-                       Activations& acts, LayerActs& a, const KvCache* cache, int64_t layer, DropoutKey key) {
-  const ModelConfig& c = model.config;
-  ops::rmsnorm_fwd(dev, acts.h, a.rstd_in, a.x_in, w.input_norm, c.rms_norm_eps);
-  ops::linear_fwd(dev, a.qkv, acts.h, w.qkv);
-  if (cache != nullptr) {
-    ops::qk_norm_rope_fwd(dev, acts.q, cache->k(layer), cache->v(layer), cache->plan().slots.data(), a.qkv,
-                          norm_rope_args(model, w, batch));
-  } else {
-    ops::qk_norm_rope_fwd(dev, acts.q, acts.k, View(), nullptr, a.qkv, norm_rope_args(model, w, batch));
-  }
-  ops::attention_fwd(dev, attention_args(c, batch, acts, a, cache, layer, key));
-  if (acts.train()) ops::copy(dev, a.x_mid, a.x_in);
-  if (acts.train() && c.dropout > 0) {
-    ops::linear_fwd(dev, acts.branch, a.attn, w.o);
-    ops::dropout(dev, acts.branch, c.dropout, key.seed, drop_stream(key, layer, DropSite::attention_out));
-    ops::add(dev, a.x_mid, acts.branch);
-  } else {
-    ops::linear_fwd(dev, a.x_mid, a.attn, w.o, true);
-  }
-}
-
-void attention_backward(const Device& dev, Model& model, const LayerViews& w, LayerViews& g, const TokenBatch& batch,
-                        Activations& acts, LayerActs& a, int64_t layer, DropoutKey key) {
-  const ModelConfig& c = model.config;
-  ops::qk_norm_rope_fwd(dev, acts.q, acts.k, View(), nullptr, a.qkv, norm_rope_args(model, w, batch));  // recompute
-  View dout = acts.dres;
-  if (c.dropout > 0) {
-    ops::copy(dev, acts.branch, acts.dres);
-    ops::dropout(dev, acts.branch, c.dropout, key.seed, drop_stream(key, layer, DropSite::attention_out));
-    dout = acts.branch;
-  }
-  ops::linear_bwd(dev, acts.dattn, g.o, dout, a.attn, w.o);
-  float* dqkv = acts.dqkv.f32();
-  ops::attention_bwd(dev, {.fwd = attention_args(c, batch, acts, a, nullptr, layer, key),
-                           .dout = acts.dattn.f32(),
-                           .dq = dqkv,
-                           .dk = dqkv + c.q_width(),
-                           .dv = dqkv + c.q_width() + c.kv_width(),
-                           .lddout = acts.dattn.ld,
-                           .lddq = acts.dqkv.ld,
-                           .lddk = acts.dqkv.ld,
-                           .lddv = acts.dqkv.ld});
-  ops::qk_norm_rope_bwd(dev, acts.dqkv, g.q_norm, g.k_norm, a.qkv, norm_rope_args(model, w, batch));
-  ops::rmsnorm_fwd(dev, acts.h, View(), a.x_in, w.input_norm, c.rms_norm_eps);  // recompute
-  ops::linear_bwd(dev, acts.dh, g.qkv, acts.dqkv, acts.h, w.qkv);
-  ops::rmsnorm_bwd(dev, acts.dres, g.input_norm, acts.dh, a.x_in, a.rstd_in, w.input_norm);
-}
-
-void ffn_forward(const Device& dev, const ModelConfig& c, const LayerViews& w, Activations& acts, LayerActs& a,
-                 View x_out) {
-  ops::rmsnorm_fwd(dev, acts.h, a.rstd_mid, a.x_mid, w.post_norm, c.rms_norm_eps);
-  if (acts.train()) ops::copy(dev, x_out, a.x_mid);
-  if (c.is_moe()) {
-    acts.aux_loss += moe_forward(dev, c, w, a, acts, x_out);
-    return;
-  }
-  ops::linear_fwd(dev, a.gate_up, acts.h, w.gate_up);
-  ops::swiglu_fwd(dev, acts.act, a.gate_up);
-  ops::linear_fwd(dev, x_out, acts.act, w.down, true);
-}
-
-void ffn_backward(const Device& dev, const ModelConfig& c, const LayerViews& w, LayerViews& g, Activations& acts,
-                  LayerActs& a, float aux_scale) {
-  ops::rmsnorm_fwd(dev, acts.h, View(), a.x_mid, w.post_norm, c.rms_norm_eps);  // recompute
-  if (c.is_moe()) {
-    moe_backward(dev, c, w, g, a, acts, aux_scale);
-  } else {
-    ops::swiglu_fwd(dev, acts.act, a.gate_up);  // recompute
-    ops::linear_bwd(dev, acts.dact, g.down, acts.dres, acts.act, w.down);
-    ops::swiglu_bwd(dev, a.gate_up, acts.dact, a.gate_up);  // gate_up becomes its gradient
-    ops::linear_bwd(dev, acts.dh, g.gate_up, a.gate_up, acts.h, w.gate_up);
-  }
-  ops::rmsnorm_bwd(dev, acts.dres, g.post_norm, acts.dh, a.x_mid, a.rstd_mid, w.post_norm);
-}
-
-}  // namespace
-
 void forward(const Device& dev, Model& model, const TokenBatch& batch, Activations& acts, KvCache* cache,
              DropoutKey key) {
-  const ModelConfig& c = model.config;
   check_batch(model, batch, cache);
-  acts.set_tokens(batch.n_tok());
-  acts.aux_loss = 0;
-  ops::embed_fwd(dev, acts.layers[0].x_in, model.weights.embed, batch.ids.data());
+  acts.stage.stage(dev, batch, cache);
+  ops::zero(dev, acts.aux);
+  forward_staged(dev, model, acts, cache, key);
+}
+
+void forward_staged(const Device& dev, Model& model, Activations& acts, KvCache* cache, DropoutKey key) {
+  const ModelConfig& c = model.config;
+  const StagedBatch& batch = acts.stage.current();
+  acts.set_tokens(batch.n_tok);
+  ops::embed_fwd(dev, acts.layers[0].x_in, model.weights.embed, batch.ids);
   if (acts.train() && c.dropout > 0)
     ops::dropout(dev, acts.layers[0].x_in, c.dropout, key.seed, drop_stream(key, 0, DropSite::embed));
   for (int64_t l = 0; l < c.num_hidden_layers; l++) {
     const LayerViews& w = model.weights.layers[static_cast<size_t>(l)];
     LayerActs& a = acts.layers[acts.train() ? static_cast<size_t>(l) : 0];
     const bool last = l + 1 == c.num_hidden_layers;
-    attention_forward(dev, model, w, batch, acts, a, cache, l, key);
+    attention_forward(dev, model, w, acts, a, cache, l, key);
     ffn_forward(dev, c, w, acts, a,
                 !acts.train() ? a.x_mid
                 : last        ? acts.x_out
@@ -172,8 +175,7 @@ void forward(const Device& dev, Model& model, const TokenBatch& batch, Activatio
   ops::rmsnorm_fwd(dev, acts.h, acts.rstd_out, acts.x_out, model.weights.final_norm, c.rms_norm_eps);
 }
 
-void backward(const Device& dev, Model& model, const TokenBatch& batch, Activations& acts, ParamBuffer& grads,
-              float aux_scale, DropoutKey key) {
+void backward(const Device& dev, Model& model, Activations& acts, ParamBuffer& grads, DropoutKey key) {
   const ModelConfig& c = model.config;
   MM_CHECK(acts.train());
   ops::zero(dev, acts.dres);
@@ -182,11 +184,11 @@ void backward(const Device& dev, Model& model, const TokenBatch& batch, Activati
     const LayerViews& w = model.weights.layers[static_cast<size_t>(l)];
     LayerViews& g = grads.layers[static_cast<size_t>(l)];
     LayerActs& a = acts.layers[static_cast<size_t>(l)];
-    ffn_backward(dev, c, w, g, acts, a, aux_scale);
-    attention_backward(dev, model, w, g, batch, acts, a, l, key);
+    ffn_backward(dev, c, w, g, acts, a);
+    attention_backward(dev, model, w, g, acts, a, l, key);
   }
   if (c.dropout > 0) ops::dropout(dev, acts.dres, c.dropout, key.seed, drop_stream(key, 0, DropSite::embed));
-  ops::embed_bwd(dev, grads.embed, acts.dres, batch.ids.data());
+  ops::embed_bwd(dev, grads.embed, acts.dres, acts.stage.current().ids);
 }
 
 }  // namespace mm

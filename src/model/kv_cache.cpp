@@ -4,27 +4,28 @@
 
 namespace mm {
 
-size_t KvCache::bytes(const ModelConfig& c, int64_t n_slots, int64_t max_len) {
-  return static_cast<size_t>(2 * c.num_hidden_layers * n_slots * max_len * c.kv_width()) * sizeof(float);
+size_t KvCache::bytes(const ModelConfig& c, int64_t n_slots, int64_t max_len, DType dtype) {
+  return static_cast<size_t>(2 * c.num_hidden_layers * n_slots * max_len * c.kv_width()) * dtype_size(dtype);
 }
 
-KvCache::KvCache(const ModelConfig& c, int64_t n_slots, int64_t max_len)
+KvCache::KvCache(const ModelConfig& c, int64_t n_slots, int64_t max_len, const Device& dev)
     : n_slots_(n_slots),
       max_len_(max_len),
       width_(c.kv_width()),
+      dtype_(dev.act),
       length_(static_cast<size_t>(n_slots), 0),
-      buffer_(bytes(c, n_slots, max_len)) {
+      buffer_(bytes(c, n_slots, max_len, dev.act), dev.memory()) {
   MM_CHECK(n_slots > 0 && max_len > 0 && n_slots * max_len <= INT32_MAX);
 }
 
-View KvCache::k(int64_t layer) const {
-  return View(buffer_.f32() + 2 * layer * n_slots_ * max_len_ * width_, DType::f32, {n_slots_ * max_len_, width_});
+View KvCache::rows(int64_t index) const {  // k of layer 0, v of layer 0, k of layer 1, ...
+  const int64_t n = n_slots_ * max_len_;
+  return View(static_cast<char*>(buffer_.data()) + static_cast<size_t>(index * n * width_) * dtype_size(dtype_), dtype_,
+              {n, width_});
 }
 
-View KvCache::v(int64_t layer) const {
-  return View(buffer_.f32() + (2 * layer + 1) * n_slots_ * max_len_ * width_, DType::f32,
-              {n_slots_ * max_len_, width_});
-}
+View KvCache::k(int64_t layer) const { return rows(2 * layer); }
+View KvCache::v(int64_t layer) const { return rows(2 * layer + 1); }
 
 void KvCache::truncate(int64_t slot, int64_t length) {
   MM_CHECK(slot >= 0 && slot < n_slots_ && length >= 0 && length <= length_[static_cast<size_t>(slot)]);

@@ -7,6 +7,7 @@
 #include "base/rng.h"
 #include "base/thread_team.h"
 #include "formats/safetensors.h"
+#include "kernels/ops.h"
 
 namespace mm {
 
@@ -97,6 +98,22 @@ void Model::read_weights(const std::string& dir) {
                   "check that config.json belongs to these weights");
     }
   }
+}
+
+std::unique_ptr<Model> Model::replica(const Device& dev, int64_t max_len) const {
+  auto copy = std::make_unique<Model>(config, dev.act, dev.memory());
+  const View from = weights.flat(), to = copy->weights.flat();
+  if (!dev.on_gpu()) {
+    MM_CHECK(dev.act == DType::f32);
+    ops::copy(dev, to, from);
+  } else {
+    const Buffer staged(from.bytes(), Memory::cuda);
+    copy_async(staged.data(), from.data, from.bytes(), dev.stream);
+    ops::cast(dev, to, View(staged.data(), DType::f32, from.shape));
+    synchronize(dev.stream);
+  }
+  copy->rope.place(dev, max_len);
+  return copy;
 }
 
 void Model::save(const std::string& dir, DType dtype) const {

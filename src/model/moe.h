@@ -11,12 +11,12 @@
 
 namespace mm {
 
-// x += ffn(h); returns the balance loss. Scratch: acts.gathered, acts.act, acts.router_logits.
-double moe_forward(const Device& dev, const ModelConfig& config, const LayerViews& w, LayerActs& a, Activations& acts,
-                   View x);
+// x = residual + ffn(a.h_mid); acts.aux += the staged share of the balance loss. x may be residual.
+void moe_forward(const Device& dev, const ModelConfig& config, const LayerViews& w, LayerActs& a, Activations& acts,
+                 View x, View residual);
 
-// dx = acts.dres is the gradient of the layer's output; writes acts.dh = d(h), adds to g. acts.h holds h.
+// dx = acts.dres is the gradient of the layer's output; writes acts.dh = d(h), adds to g. a.h_mid holds h.
 void moe_backward(const Device& dev, const ModelConfig& config, const LayerViews& w, LayerViews& g, LayerActs& a,
-                  Activations& acts, float aux_scale);
+                  Activations& acts);
 
 }  // namespace mm

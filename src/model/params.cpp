@@ -52,8 +52,8 @@ const ParamSpec& ParamTable::at(const std::string& hf_name) const {
   return specs_[it->second];
 }
 
-ParamBuffer::ParamBuffer(const ModelConfig& c, const ParamTable& table)
-    : table_(&table), buffer_(static_cast<size_t>(table.numel()) * sizeof(float)) {
+ParamBuffer::ParamBuffer(const ModelConfig& c, const ParamTable& table, DType dtype, Memory where)
+    : table_(&table), dtype_(dtype), buffer_(static_cast<size_t>(table.numel()) * dtype_size(dtype), where) {
   const int64_t d = c.hidden_size;
   embed = at("model.embed_tokens.weight");
   final_norm = at("model.norm.weight");
@@ -93,16 +93,18 @@ ParamBuffer::ParamBuffer(const ModelConfig& c, const ParamTable& table)
   }
 }
 
-View ParamBuffer::flat() const { return View(buffer_.data(), DType::f32, {table_->numel()}); }
-
-View ParamBuffer::view(const ParamSpec& spec) const {
-  return View(buffer_.f32() + spec.offset, DType::f32, spec.shape);
+View ParamBuffer::window(int64_t offset, Shape shape) const {
+  return View(static_cast<char*>(buffer_.data()) + static_cast<size_t>(offset) * dtype_size(dtype_), dtype_, shape);
 }
+
+View ParamBuffer::flat() const { return window(0, {table_->numel()}); }
+
+View ParamBuffer::view(const ParamSpec& spec) const { return window(spec.offset, spec.shape); }
 
 View ParamBuffer::at(const std::string& name) const { return view(table_->at(name)); }
 
 View ParamBuffer::rows_from(const std::string& name, int64_t rows, int64_t cols) const {
-  return View(buffer_.f32() + table_->at(name).offset, DType::f32, {rows, cols});
+  return window(table_->at(name).offset, {rows, cols});
 }
 
 }  // namespace mm

@@ -49,20 +49,25 @@ struct LayerViews {
   std::vector<View> shared_gate_up, shared_down;
 };
 
-// A flat fp32 range shaped by a table: weights, gradients, or a moment. Move only.
+// A flat range shaped by a table: weights, gradients, or a moment. fp32, but for the working weights of a GPU. Move only.
 class ParamBuffer {
  public:
   ParamBuffer() = default;
-  ParamBuffer(const ModelConfig& config, const ParamTable& table);
+  ParamBuffer(const ModelConfig& config, const ParamTable& table, DType dtype = DType::f32,
+              Memory where = Memory::host);
   View flat() const;                       // [numel]
   View view(const ParamSpec& spec) const;  // one tensor
   View embed, final_norm, head;            // head is embed when tied
   std::vector<LayerViews> layers;
+  // Elements from an expert's weights to those of the next in the same layer.
+  static int64_t expert_stride(const ModelConfig& c) { return 3 * c.hidden_size * c.moe_intermediate_size; }
 
  private:
+  View window(int64_t offset, Shape shape) const;
   View at(const std::string& name) const;
   View rows_from(const std::string& name, int64_t rows, int64_t cols) const;
   const ParamTable* table_ = nullptr;
+  DType dtype_ = DType::f32;
   Buffer buffer_;
 };
 

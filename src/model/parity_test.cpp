@@ -80,8 +80,8 @@ Step loss_and_grads(const Device& dev, Model& model, const TokenBatch& batch, Ac
   head.backward(dev, model, acts.h, batch.targets, g.data(), acts.dh, grads, logp.data());
   Step s;
   for (size_t t = 0; t < g.size(); t++) s.loss += static_cast<double>(g[t]) * logp[t];
-  s.aux = acts.aux_loss;
-  backward(dev, model, batch, acts, grads);
+  s.aux = acts.aux_loss(dev);
+  backward(dev, model, acts, grads);
   return s;
 }
 

@@ -43,6 +43,7 @@ void RopeTable::ensure(int64_t n_pos) {
     throw Error("sequence length", fmt::format("at most max_position_embeddings = {}", max_pos_), std::to_string(n_pos),
                 "shorten it or use a longer-context model");
   }
+  MM_CHECK(!on_gpu_, "position {} of {} on the GPU", n_pos, have);
   const int64_t rows = std::min(max_pos_, std::max<int64_t>(n_pos, 2 * have));
   cos_.resize(static_cast<size_t>(rows * half));
   sin_.resize(static_cast<size_t>(rows * half));
@@ -55,6 +56,16 @@ void RopeTable::ensure(int64_t n_pos) {
       }
     }
   });
+}
+
+void RopeTable::place(const Device& dev, int64_t n_pos) {
+  ensure(std::min(n_pos, max_pos_));
+  if (!dev.on_gpu()) return;
+  Buffer b(2 * cos_.size() * sizeof(float), Memory::cuda);
+  copy_async(b.f32(), cos_.data(), cos_.size() * sizeof(float), dev.stream);
+  copy_async(b.f32() + cos_.size(), sin_.data(), sin_.size() * sizeof(float), dev.stream);
+  synchronize(dev.stream);
+  on_gpu_ = std::move(b);
 }
 
 }  // namespace mm

@@ -21,7 +21,9 @@ struct Device {
   DType matmul = DType::f32;
   // Type of activations and working weights: f32 on the CPU; f32, bf16 or f16 on a GPU (masters and gradients are fp32).
   DType act = DType::f32;
-  cuda::Session* cuda = nullptr;  // not owned; of kind cuda alone
+  cuda::Session* cuda = nullptr;    // not owned; of kind cuda alone, as the next
+  CUstream_st* stream = nullptr;
+  bool on_gpu() const { return kind == DeviceKind::cuda; }
   Memory memory() const { return kind == DeviceKind::cuda ? Memory::cuda : Memory::host; }
   Profiler* profiler = nullptr;  // not owned; null: nothing is recorded
 };

@@ -87,6 +87,21 @@ void copy_async(void* to, const void* from, size_t bytes, CUstream_st* stream) {
 
 void synchronize(CUstream_st* stream) { require(cudaStreamSynchronize(stream), "kernels before this point"); }
 
+Fence::~Fence() {
+  if (event_ != nullptr) (void)cudaEventDestroy(static_cast<cudaEvent_t>(event_));
+}
+
+void Fence::record(CUstream_st* stream) {
+  cudaEvent_t e = static_cast<cudaEvent_t>(event_);
+  if (e == nullptr) require(cudaEventCreateWithFlags(&e, cudaEventDisableTiming), "event");
+  event_ = e;
+  require(cudaEventRecord(e, stream), "event");
+}
+
+void Fence::wait() {
+  if (event_ != nullptr) require(cudaEventSynchronize(static_cast<cudaEvent_t>(event_)), "kernels before this point");
+}
+
 #else
 
 const CudaStatus& cuda_status() {
@@ -104,6 +119,9 @@ void* allocate(size_t bytes, Memory where) {
 void release(void* p, size_t bytes, Memory) noexcept { ::munmap(p, bytes); }
 void copy_async(void*, const void*, size_t, CUstream_st*) { MM_CHECK(false, "a build without CUDA"); }
 void synchronize(CUstream_st*) { MM_CHECK(false, "a build without CUDA"); }
+Fence::~Fence() = default;
+void Fence::record(CUstream_st*) { MM_CHECK(false, "a build without CUDA"); }
+void Fence::wait() {}
 
 #endif
 

@@ -28,4 +28,18 @@ void release(void* p, size_t bytes, Memory where) noexcept;
 void copy_async(void* to, const void* from, size_t bytes, CUstream_st* stream);
 void synchronize(CUstream_st* stream);
 
+// A point on a stream that the host can wait for. Move only; of a build with CUDA alone.
+class Fence {
+ public:
+  Fence() = default;
+  ~Fence();
+  Fence(Fence&& o) noexcept : event_(o.event_) { o.event_ = nullptr; }
+  Fence& operator=(Fence&&) = delete;
+  void record(CUstream_st* stream);
+  void wait();  // returns at once when nothing was recorded
+
+ private:
+  void* event_ = nullptr;
+};
+
 }  // namespace mm

@@ -89,6 +89,7 @@ void save_checkpoint(const std::string& run_dir, int64_t step, const Model& mode
     if (entry.path().filename().string().rfind(".step-", 0) == 0) stdfs::remove_all(entry.path(), ignored);
   }
   try {
+    train.pull();
     model.save(tmp);
     tokenizer.save(tmp);
     std::vector<TensorToWrite> moments;
@@ -157,6 +158,7 @@ ordered_json load_checkpoint(const std::string& dir, Model& model, TrainStep& tr
     moments.at("m." + spec.hf_name, spec.shape).read_floats(train.moment1().view(spec));
     moments.at("v." + spec.hf_name, spec.shape).read_floats(train.moment2().view(spec));
   }
+  train.push();
   return read_state(dir);
 }
 

@@ -1,17 +1,19 @@
 #include "train/sentry.h"
 
+#include <algorithm>
 #include <cmath>
+
+#include "tensor/host_copy.h"
+#include "train/gpu_step.h"
 
 namespace mm {
 
 // Index of the first NaN or infinity of a dense view, -1 if none.
-static int64_t first_bad(const View& v) {
+static int64_t first_bad(const Device& dev, const View& v) {
   if (!v) return -1;
-  const float* p = v.f32();
-  for (int64_t i = 0; i < v.numel(); i++) {
-    if (!std::isfinite(p[i])) return i;
-  }
-  return -1;
+  const std::vector<float> values = host_floats(dev, v);
+  const auto bad = std::find_if(values.begin(), values.end(), [](float x) { return !std::isfinite(x); });
+  return bad == values.end() ? -1 : bad - values.begin();
 }
 
 static std::string bad_rows(const TokenBatch& batch, const TokenDataset& data, int64_t token) {
@@ -26,9 +28,9 @@ static std::string bad_rows(const TokenBatch& batch, const TokenDataset& data, i
   return "an unknown sample";
 }
 
-static std::string bad_activation(const Activations& acts, const TokenBatch& batch, const TokenDataset& data) {
+static std::string bad_activation(const Device& dev, const Activations& acts, const TokenBatch& batch, const TokenDataset& data) {
   const auto describe = [&](const View& v, const std::string& name) {
-    const int64_t i = first_bad(v);
+    const int64_t i = first_bad(dev, v);
     return i < 0 ? std::string() : fmt::format("activation {}, first at {}", name, bad_rows(batch, data, i / v.cols()));
   };
   for (size_t l = 0; l < acts.layers.size(); l++) {
@@ -49,23 +51,28 @@ static std::string bad_activation(const Activations& acts, const TokenBatch& bat
   return describe(acts.h, "final norm");
 }
 
-std::string explain_non_finite(const Device& dev, Model& model, TrainStep& step,
+std::string explain_non_finite(const Device& dev, TrainStep& step,
                                const std::vector<TokenBatch>& micro_batches, int64_t number, const TokenDataset& data) {
+  Model& model = step.model();
   for (const ParamSpec& spec : model.table.specs()) {
-    const int64_t i = first_bad(model.weights.view(spec));
+    const int64_t i = first_bad(dev, model.weights.view(spec));
     if (i >= 0) return fmt::format("weight {} at element {}", spec.hf_name, i);
   }
   size_t micro = 0;
-  for (const TokenBatch& batch : micro_batches) {
+  std::vector<TokenBatch> passes;
+  for (const TokenBatch& b : micro_batches) {
+    for (TokenBatch& part : split_batch(b, step.activations().max_tok())) passes.push_back(std::move(part));
+  }
+  for (const TokenBatch& batch : passes) {
     forward(dev, model, batch, step.activations(), nullptr, step.dropout_key(number, micro++));
-    if (std::string s = bad_activation(step.activations(), batch, data); !s.empty()) return s;
+    if (std::string s = bad_activation(dev, step.activations(), batch, data); !s.empty()) return s;
     std::vector<float> logp(batch.targets.size());
     step.head().logprob(dev, model, step.activations().h, batch.targets, logp.data());
-    const int64_t i = first_bad(View(logp.data(), DType::f32, {static_cast<int64_t>(logp.size()), 1}));
-    if (i >= 0) return "log-probability, first at " + bad_rows(batch, data, i);
+    const auto bad = std::find_if(logp.begin(), logp.end(), [](float x) { return !std::isfinite(x); });
+    if (bad != logp.end()) return "log-probability, first at " + bad_rows(batch, data, bad - logp.begin());
   }
   for (const ParamSpec& spec : model.table.specs()) {
-    if (first_bad(step.gradients().view(spec)) >= 0) return "gradient of " + spec.hf_name;
+    if (first_bad(dev, step.gradients().view(spec)) >= 0) return "gradient of " + spec.hf_name;
   }
   return "the gradient norm (it overflows although every element is finite)";
 }

@@ -25,6 +25,7 @@ class SpikeDetector {
   // True: skip this step. A skipped loss does not enter the window. A loss that is not finite is always skipped, enters
   // nothing and does not count (the NaN sentry judges it).
   bool observe(double loss);
+  bool never_skips() const { return options_.threshold == 0; }
   double last_z() const { return last_z_; }  // of the last finite loss; 0 while warming up
   int64_t skipped() const { return skipped_; }
 

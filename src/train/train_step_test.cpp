@@ -84,7 +84,7 @@ struct Outcome {
 };
 
 Outcome accumulate(Model& model, const std::vector<TokenBatch>& batches, int64_t number = 1, uint64_t seed = 5) {
-  TrainStep step(model, Device{}, {}, 512, seed);
+  TrainStep step(model, Device{}, {.max_tok = 512, .seed = seed});
   Outcome o;
   o.result = step.accumulate(batches, number);
   const View g = step.gradients().flat();
@@ -222,11 +222,11 @@ class Threads {
 // Several steps with updates: the weights afterwards.
 std::vector<float> trained_weights(const ModelConfig& c) {
   const auto model = lively_model(c);
-  TrainStep step(*model, Device{}, {}, 512, 5);
+  TrainStep step(*model, Device{}, {.max_tok = 512, .seed = 5});
   const Rows rows = random_rows(some_lengths);
   for (int64_t n = 1; n <= 3; n++) {
-    const StepResult r = step.accumulate({batch_of(rows, 0, 4, 0), batch_of(rows, 4, 8, 0)}, n);
-    step.update(1e-2, r.grad_norm, n);
+    step.accumulate({batch_of(rows, 0, 4, 0), batch_of(rows, 4, 8, 0)}, n);
+    step.update(1e-2);
   }
   const View w = model->weights.flat();
   return {w.f32(), w.f32() + w.numel()};

@@ -57,13 +57,14 @@ ordered_json run_identity(const TrainOptions& o, const ModelConfig& config, int6
           {"warmup_steps", o.schedule.warmup_steps},
           {"min_lr_ratio", o.schedule.min_ratio},
           {"decay_share", o.schedule.decay_share},
-          {"beta1", o.optimizer.beta1},
-          {"beta2", o.optimizer.beta2},
-          {"weight_decay", o.optimizer.weight_decay},
-          {"grad_clip", o.optimizer.grad_clip},
+          {"beta1", o.step.optimizer.beta1},
+          {"beta2", o.step.optimizer.beta2},
+          {"weight_decay", o.step.optimizer.weight_decay},
+          {"grad_clip", o.step.optimizer.grad_clip},
           {"dropout", config.dropout},
           {"spike_threshold", o.spike.threshold},
-          {"matmul", dtype_name(o.device.matmul)}};
+          {"matmul", dtype_name(o.device.matmul)},
+          {"activations", dtype_name(o.device.act)}};
 }
 
 void require_same_run(const ordered_json& saved, const ordered_json& now, const std::string& dir) {
@@ -90,7 +91,7 @@ class Run {
         spike_(o.spike),
         total_(planned_steps(o, loader_)),
         schedule_(o.schedule),
-        step_(model, o.device, o.optimizer, max_tok(), o.seed) {
+        step_(model, o.device, step_options()) {
     schedule_.total_steps = total_;
     check_schedule(schedule_);
   }
@@ -110,30 +111,39 @@ class Run {
     Progress bar(o_.title, total_, "steps");
     double paused = 0;
     const double start = now_seconds();
-    while (done_ < total_ && !InterruptGuard::requested()) {
-      const double t0 = now_seconds();
-      const StepResult r = one_step();
-      const double seconds = now_seconds() - t0;
+    double last = start;
+    const auto report = [&](const StepResult& r, int64_t step) {
+      const double now = now_seconds();
       result_.tokens += r.tokens;
       result_.loss = r.loss;
-      const double lr = lr_at(schedule_, done_);
-      metrics.log(done_, {{"train/loss", r.targets > 0 ? r.loss : NAN},
-                          {"train/aux_loss", r.aux_loss},
-                          {"train/lr", lr},
-                          {"train/grad_norm", r.grad_norm},
-                          {"train/tokens", static_cast<double>(tokens_seen_)},
-                          {"train/tokens_per_second", static_cast<double>(r.tokens) / seconds},
-                          {"train/skipped", static_cast<double>(skipped_)}});
-      const double speed = static_cast<double>(result_.tokens) / (now_seconds() - start - paused);
+      const double lr = lr_at(schedule_, step);
+      metrics.log(step, {{"train/loss", r.targets > 0 ? r.loss : NAN},
+                         {"train/aux_loss", r.aux_loss},
+                         {"train/lr", lr},
+                         {"train/grad_norm", r.grad_norm},
+                         {"train/tokens", static_cast<double>(tokens_seen_)},
+                         {"train/tokens_per_second", static_cast<double>(r.tokens) / (now - last)},
+                         {"train/skipped", static_cast<double>(skipped_)}});
+      last = now;
+      const double speed = static_cast<double>(result_.tokens) / (now - start - paused);
       result_.share_of_peak = speed * flops / peak;
       bar.rate_units(result_.tokens, "tok");
-      bar.set(done_, fmt::format("loss {:.4f} lr {:.2e} peak {:.0f}% mem {}", r.loss, lr, 100 * result_.share_of_peak,
-                                 human_bytes(static_cast<double>(peak_memory_bytes()))));
+      bar.set(step, fmt::format("loss {:.4f} lr {:.2e} peak {:.0f}% mem {}", r.loss, lr, 100 * result_.share_of_peak,
+                                human_bytes(static_cast<double>(peak_memory_bytes()))));
+    };
+    while (done_ < total_ && !InterruptGuard::requested()) {
+      one_step(report);
+      const bool validates = valid_ && o_.eval_every > 0 && done_ % o_.eval_every == 0 && done_ < total_,
+                 saves = o_.save_every > 0 && done_ % o_.save_every == 0 && done_ < total_;
+      if (!validates && !saves) continue;
+      catch_up(report);
       const double t1 = now_seconds();
-      if (valid_ && o_.eval_every > 0 && done_ % o_.eval_every == 0 && done_ < total_) record_validation(metrics);
-      if (o_.save_every > 0 && done_ % o_.save_every == 0 && done_ < total_) save();
-      paused += now_seconds() - t1;
+      if (validates) record_validation(metrics);
+      if (saves) save();
+      last = now_seconds();
+      paused += last - t1;
     }
+    catch_up(report);
     result_.seconds = now_seconds() - start - paused;
     result_.tokens_per_second = result_.seconds > 0 ? static_cast<double>(result_.tokens) / result_.seconds : 0;
     result_.interrupted = done_ < total_;
@@ -141,6 +151,7 @@ class Run {
     if (!result_.interrupted && valid_ && validated_ != done_) record_validation(metrics);
     save();
     if (!result_.interrupted) {
+      step_.pull();
       model_.save(o_.output);
       tokenizer_.save(o_.output);
     }
@@ -152,7 +163,16 @@ class Run {
 
  private:
   int64_t max_tok() const {
-    return std::max(o_.loader.batch_size * o_.loader.seq_len, valid_ ? valid_->max_row_len() : int64_t{0});
+    const int64_t batch = o_.loader.batch_size * o_.loader.seq_len;
+    const int64_t pass = o_.pass_tokens > 0 ? std::min(batch, std::max(o_.pass_tokens, o_.loader.seq_len)) : batch;
+    return std::max(pass, valid_ ? valid_->max_row_len() : int64_t{0});
+  }
+
+  StepOptions step_options() const {
+    StepOptions s = o_.step;
+    s.max_tok = max_tok();
+    s.seed = o_.seed;
+    return s;
   }
 
   void print_plan() const {
@@ -166,50 +186,78 @@ class Run {
         b(p.activations), b(p.lm_head), b(p.total()));
   }
 
-  StepResult one_step() {
+  // Begins the next step; reports it, or on a GPU the one before, so that the GPU never waits for the host.
+  template <class Report>
+  void one_step(const Report& report) {
     micro_.resize(static_cast<size_t>(o_.accumulation_steps));
     for (TokenBatch& b : micro_) loader_.next(b);
     done_++;
-    const StepResult r = step_.accumulate(micro_, done_);
-    tokens_seen_ += r.tokens;
-    if (r.targets == 0) {
-      skipped_++;
-      log_warn("step {}: no targets in its rows (cut before the answers?); step skipped", done_);
-    } else if (!r.finite()) {
-      handle_non_finite();
-    } else if (spike_.observe(r.loss)) {
-      skipped_++;
-      log_warn("step {}: loss {:.4f} is {:.1f} standard deviations above the last {}; step skipped", done_, r.loss,
-               spike_.last_z(), o_.spike.window);
-    } else {
-      step_.update(lr_at(schedule_, done_), r.grad_norm, ++updates_);
-      bad_in_a_row_ = 0;
+    step_.begin(micro_, done_);
+    if (step_.asynchronous() && spike_.never_skips()) {
+      step_.update(lr_at(schedule_, done_));
+      // The batches are kept in case their step must be explained.
+      if (!under_way_.empty()) catch_up(report);
+      under_way_ = std::move(micro_);
+      return;
     }
-    return r;
+    const StepResult r = step_.result();
+    if (accept(r, done_, micro_)) step_.update(lr_at(schedule_, done_));
+    report(r, done_);
   }
 
-  void handle_non_finite() {
-    const std::string reason = explain_non_finite(o_.device, model_, step_, micro_, done_, data_);
+  // Reports the step whose result was left for later.
+  template <class Report>
+  void catch_up(const Report& report) {
+    if (under_way_.empty()) return;
+    const int64_t number = ++reported_;
+    const StepResult r = step_.result();
+    accept(r, number, under_way_);  // a GPU has kept the weights by itself if it was not finite
+    report(r, number);
+    under_way_.clear();
+  }
+
+  // Counts the step and says whether its update is to be made.
+  bool accept(const StepResult& r, int64_t number, const std::vector<TokenBatch>& micro) {
+    tokens_seen_ += r.tokens;
+    reported_ = number;
+    if (r.targets == 0) {
+      skipped_++;
+      log_warn("step {}: no targets in its rows (cut before the answers?); step skipped", number);
+    } else if (!r.finite()) {
+      handle_non_finite(number, micro);
+    } else if (spike_.observe(r.loss)) {
+      skipped_++;
+      log_warn("step {}: loss {:.4f} is {:.1f} standard deviations above the last {}; step skipped", number, r.loss,
+               spike_.last_z(), o_.spike.window);
+    } else {
+      bad_in_a_row_ = 0;
+      return true;
+    }
+    return false;
+  }
+
+  void handle_non_finite(int64_t number, const std::vector<TokenBatch>& micro) {
+    const std::string reason = explain_non_finite(o_.device, step_, micro, number, data_);
     if (o_.non_finite == NonFinitePolicy::stop || ++bad_in_a_row_ > max_bad_in_a_row) {
       const std::string last = find_checkpoint(o_.output);
       throw Error(
-          fmt::format("step {}", done_), "finite loss and gradients", "NaN or infinity in " + reason,
+          fmt::format("step {}", number), "finite loss and gradients", "NaN or infinity in " + reason,
           fmt::format("the last checkpoint is {}; lower --lr, look at the data, or pass --on-nan skip or rollback",
                       last.empty() ? "none" : last));
     }
     skipped_++;
-    log_warn("step {}: NaN or infinity in {}; step skipped", done_, reason);
+    log_warn("step {}: NaN or infinity in {}; step skipped", number, reason);
     if (o_.non_finite != NonFinitePolicy::rollback) return;
     const std::string dir = find_checkpoint(o_.output);
     if (dir.empty()) throw Error(o_.output, "a checkpoint to roll back to", "none", "save more often (--save-every)");
     const ordered_json state = load_checkpoint(dir, model_, step_);
-    updates_ = json_get<int64_t>(state, "updates", dir);
+    step_.set_updates(json_get<int64_t>(state, "updates", dir));
     log_warn("rolled back to the weights of {}; the data goes on", dir);
   }
 
   double validate(const std::string& title) {
     Progress bar(title, valid_->tokens(), "tok");
-    const NllSum sum = sum_nll(o_.device, model_, *valid_, step_.activations(), step_.head(), [&](int64_t tokens) {
+    const NllSum sum = sum_nll(o_.device, step_.model(), *valid_, step_.activations(), step_.head(), [&](int64_t tokens) {
       bar.set(tokens);
       return true;
     });
@@ -225,6 +273,7 @@ class Run {
     if (best_ && *best_ <= nll) return;
     best_ = result_.best_valid_nll = nll;
     const std::string dir = path_join(o_.output, "best");
+    step_.pull();
     model_.save(dir);
     tokenizer_.save(dir);
     write_file(path_join(dir, "best.json"), ordered_json{{"step", done_}, {"valid_nll", nll}}.dump(2) + "\n");
@@ -232,7 +281,7 @@ class Run {
 
   void save() {
     ordered_json state{{"step", done_},
-                       {"updates", updates_},
+                       {"updates", step_.updates()},
                        {"skipped", skipped_},
                        {"tokens", tokens_seen_},
                        {"cursor", loader_.cursor().to_json()},
@@ -257,7 +306,8 @@ class Run {
     const ordered_json state = load_checkpoint(dir, model_, step_);
     require_same_run(json_get<ordered_json>(state, "run", dir), run_identity(o_, model_.config, total_, data_), dir);
     done_ = json_get<int64_t>(state, "step", dir);
-    updates_ = json_get<int64_t>(state, "updates", dir);
+    reported_ = done_;
+    step_.set_updates(json_get<int64_t>(state, "updates", dir));
     skipped_ = json_get<int64_t>(state, "skipped", dir);
     tokens_seen_ = json_get<int64_t>(state, "tokens", dir);
     loader_.seek(LoaderCursor::from_json(json_get<ordered_json>(state, "cursor", dir), dir));
@@ -283,8 +333,9 @@ class Run {
   int64_t total_;
   Schedule schedule_;
   TrainStep step_;
-  std::vector<TokenBatch> micro_;
-  int64_t done_ = 0, updates_ = 0, skipped_ = 0, tokens_seen_ = 0;  // done_: optimizer steps, skipped ones included
+  std::vector<TokenBatch> micro_, under_way_;  // under_way_: of the step whose result is asked for later
+  int64_t done_ = 0, skipped_ = 0, tokens_seen_ = 0;  // done_: optimizer steps, skipped ones included
+  int64_t reported_ = 0;                         // the last step reported
   int64_t validated_ = -1;                                          // step of result_.valid_nll
   int bad_in_a_row_ = 0;
   std::optional<double> best_;

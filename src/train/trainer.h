@@ -23,7 +23,8 @@ struct TrainOptions {
   double epochs = 1;
   int64_t max_steps = 0;  // 0: as epochs say
   Schedule schedule;      // total_steps is set by the trainer
-  OptimizerOptions optimizer;
+  StepOptions step;  // max_tok and seed are set by the trainer
+  int64_t pass_tokens = 0;  // GPU: tokens of a forward pass at most; larger micro-batches are cut. 0: as they come
   uint64_t seed = 42;
   int64_t save_every = 500, keep_checkpoints = 2;  // optimizer steps; 0: only at the end
   int64_t eval_every = 0;                          // optimizer steps; 0: at the end only
@@ -40,7 +41,7 @@ struct TrainResult {
   std::optional<double> valid_nll_before, valid_nll, best_valid_nll;
   double seconds = 0, tokens_per_second = 0;  // of the steps of this process
   double share_of_peak = 0;                   // operations needed over those the machine was measured to do
-  int64_t peak_memory = 0;                    // bytes resident at most
+  int64_t peak_memory = 0;                    // bytes resident at most; of a GPU's memory on a GPU
   bool interrupted = false;
 };
 

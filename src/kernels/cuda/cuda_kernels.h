@@ -119,6 +119,7 @@ struct Attention {
   const int32_t* tiles = nullptr;  // [max_tiles, 2]
   const int32_t* n_tiles = nullptr;
   int64_t max_tiles = 0;
+  int64_t max_len = 0;  // longest sequence, when the host knows it (the naive variant needs it); 0: unknown
   int n_head = 0, n_kv_head = 0, d_head = 0;
   float scale = 1.0f;
   float dropout = 0.0f;

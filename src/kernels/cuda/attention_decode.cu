@@ -1,0 +1,320 @@
+// Attention of few queries against many keys (a decode step): out = softmax(scale q k^T) v, one query row at a time.
+//
+// The keys of a (query row, key head) are split over the blocks of a cluster (sm_90 and up; elsewhere over blocks whose
+// parts a second kernel merges), within a block over groups of lanes:
+//
+//   block = 8 warps;  group = 4 or 8 lanes that hold one key's row, 16 bytes a lane and load;  kHeads query heads that
+//   share the key head are computed from the same loaded keys and values
+//   key j of the block's part belongs to group j % groups: neighbouring groups read neighbouring rows
+//
+// Each group keeps a running maximum, sum and output (fp32, all heads of the block); they merge by shuffles, then
+// through shared memory, then through the cluster's distributed shared memory, always in the same order. Bound by the
+// read of keys and values: 2 * 2 d bytes a key of bf16; at batch 1 by a handful of dependent latencies (row bounds, q,
+// keys, merge).
+#include "kernels/cuda/attention_mma.cuh"
+#include "kernels/cuda/attention_mma.h"
+
+namespace mm::cuda {
+
+namespace {
+
+constexpr int n_warp = 8, n_thread = 32 * n_warp, max_split = 8;
+
+// How a row of D elements of T is spread over lanes.
+template <class T, int D>
+struct Spread {
+  static constexpr int V = per_16_bytes<T>, chunks = D / V;
+  static constexpr int lanes = chunks % 8 == 0 ? 8 : 4, per_lane = chunks / lanes;
+  static constexpr int elements = per_lane * V;  // of a lane
+};
+
+__device__ __forceinline__ void cluster_sync() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+// *p as block `rank` of the cluster has it.
+__device__ __forceinline__ float cluster_load(const float* p, int rank) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  uint32_t at;
+  float x;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(shared_address(p)), "r"(rank));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(at) : "memory");
+  return x;
+#else
+  return *p;
+#endif
+}
+
+// Bounds of the sequence that query row `row` belongs to; every lane of a warp reads one sequence.
+struct RowBounds {
+  int kv0 = 0, n_key = 0;
+  __device__ __forceinline__ RowBounds(const Attention& a, int row) {
+    const int lane = static_cast<int>(threadIdx.x) % 32, n_seq = static_cast<int>(a.n_seq);
+    for (int first = 0; first < n_seq; first += 32) {
+      const int s = first + lane;
+      int begin = 0, end = 0, start = 0, len = 0;
+      if (s < n_seq) {
+        begin = a.cu[s], end = a.cu[s + 1];
+        start = a.kv_start != nullptr ? a.kv_start[s] : begin;
+        len = a.kv_len != nullptr ? a.kv_len[s] : end - begin;
+      }
+      const unsigned owner = __ballot_sync(0xffffffffu, begin <= row && row < end);
+      if (owner == 0) continue;
+      const int from = __ffs(static_cast<int>(owner)) - 1;
+      kv0 = __shfl_sync(0xffffffffu, start, from);
+      n_key = __shfl_sync(0xffffffffu, len - (end - begin) + (row - begin) + 1, from);
+      return;
+    }
+  }
+};
+
+__device__ __forceinline__ float reference(float m) { return m == minus_infinity() ? 0.0f : m; }
+
+// part: where the blocks of one (row, head) leave {m, l, out[D]}, [row, head, split, D + 2]; null: a cluster merges.
+template <class T, int D, int kHeads>
+__global__ void __launch_bounds__(n_thread)
+    decode_kernel(const __grid_constant__ Attention a, float scale2, int n_split, float* part) {
+  using S = Spread<T, D>;
+  constexpr int E = S::elements, V = S::V, groups = n_thread / S::lanes;
+  __shared__ float warp_ml[2][n_warp][kHeads], warp_out[n_warp][kHeads][D];
+  __shared__ float block_ml[2][kHeads], block_out[kHeads][D];
+  const int split = static_cast<int>(blockIdx.x), first_head = static_cast<int>(blockIdx.y) * kHeads;
+  const int row = static_cast<int>(blockIdx.z), kv_head = first_head / (a.n_head / a.n_kv_head);
+  const int tid = static_cast<int>(threadIdx.x), warp = tid / 32, lane = tid % 32;
+  const int group = tid / S::lanes, member = tid % S::lanes;
+
+  float q[kHeads][E], out[kHeads][E], m[kHeads], l[kHeads];
+#pragma unroll
+  for (int h = 0; h < kHeads; h++) {
+    const T* from = static_cast<const T*>(a.q) + row * a.ldq + (first_head + h) * D;
+#pragma unroll
+    for (int c = 0; c < S::per_lane; c++) {
+      float x[V];
+      load<T, V>(x, from + (c * S::lanes + member) * V);
+#pragma unroll
+      for (int e = 0; e < V; e++) q[h][c * V + e] = x[e] * scale2, out[h][c * V + e] = 0.0f;
+    }
+    m[h] = minus_infinity(), l[h] = 0.0f;
+  }
+  const RowBounds bounds(a, row);
+  if (bounds.n_key <= 0 && part == nullptr) return;  // a row of no sequence: batches of fixed size have them
+  const int share = (bounds.n_key + n_split - 1) / n_split, begin = split * share;
+  const int end = min(begin + share, bounds.n_key);
+  const T* k = static_cast<const T*>(a.k) + bounds.kv0 * a.ldk + kv_head * D;
+  const T* v = static_cast<const T*>(a.v) + bounds.kv0 * a.ldv + kv_head * D;
+
+  constexpr int unroll = 2;  // keys of a group in flight
+  // Every lane of a warp runs the same rounds: the shuffles below need them all.
+  for (int first = begin + warp * (32 / S::lanes); first < end; first += unroll * groups) {
+    Raw<T, V> kr[unroll][S::per_lane], vr[unroll][S::per_lane];
+    bool valid[unroll];
+#pragma unroll
+    for (int u = 0; u < unroll; u++) {
+      const int64_t key = first + lane / S::lanes + u * groups;
+      valid[u] = key < end;
+#pragma unroll
+      for (int c = 0; c < S::per_lane; c++) {
+        const int at = (c * S::lanes + member) * V;
+        if (valid[u]) {
+          kr[u][c].load(k + key * a.ldk + at);
+          vr[u][c].load(v + key * a.ldv + at);
+        } else {
+#pragma unroll
+          for (int w = 0; w < Raw<T, V>::words; w++) kr[u][c].w[w] = vr[u][c].w[w] = 0u;
+        }
+      }
+    }
+    float s[unroll][kHeads];
+#pragma unroll
+    for (int u = 0; u < unroll; u++) {
+#pragma unroll
+      for (int h = 0; h < kHeads; h++) s[u][h] = 0.0f;
+#pragma unroll
+      for (int c = 0; c < S::per_lane; c++) {
+        float x[V];
+        kr[u][c].get(x);
+#pragma unroll
+        for (int h = 0; h < kHeads; h++) {
+#pragma unroll
+          for (int e = 0; e < V; e++) s[u][h] += q[h][c * V + e] * x[e];
+        }
+      }
+#pragma unroll
+      for (int h = 0; h < kHeads; h++) {
+        s[u][h] = warp_sum<S::lanes>(s[u][h]);
+        if (!valid[u]) s[u][h] = minus_infinity();
+      }
+    }
+#pragma unroll
+    for (int h = 0; h < kHeads; h++) {
+      float top = m[h];
+#pragma unroll
+      for (int u = 0; u < unroll; u++) top = fmaxf(top, s[u][h]);
+      const float f = exp2_fast(m[h] - reference(top));
+      m[h] = top;
+      l[h] *= f;
+#pragma unroll
+      for (int e = 0; e < E; e++) out[h][e] *= f;
+#pragma unroll
+      for (int u = 0; u < unroll; u++) l[h] += s[u][h] = exp2_fast(s[u][h] - reference(top));
+    }
+#pragma unroll
+    for (int u = 0; u < unroll; u++) {
+#pragma unroll
+      for (int c = 0; c < S::per_lane; c++) {
+        float x[V];
+        vr[u][c].get(x);
+#pragma unroll
+        for (int h = 0; h < kHeads; h++) {
+#pragma unroll
+          for (int e = 0; e < V; e++) out[h][c * V + e] += s[u][h] * x[e];
+        }
+      }
+    }
+  }
+
+  // Groups of a warp, by halves.
+#pragma unroll
+  for (int h = 0; h < kHeads; h++) {
+    const float top = [&] {
+      float x = m[h];
+#pragma unroll
+      for (int i = S::lanes; i < 32; i *= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, i));
+      return x;
+    }();
+    const float f = exp2_fast(m[h] - reference(top));
+    l[h] *= f;
+#pragma unroll
+    for (int i = S::lanes; i < 32; i *= 2) l[h] += __shfl_xor_sync(0xffffffffu, l[h], i);
+#pragma unroll
+    for (int e = 0; e < E; e++) {
+      out[h][e] *= f;
+#pragma unroll
+      for (int i = S::lanes; i < 32; i *= 2) out[h][e] += __shfl_xor_sync(0xffffffffu, out[h][e], i);
+    }
+    if (lane == 0) warp_ml[0][warp][h] = top, warp_ml[1][warp][h] = l[h];
+    if (lane < S::lanes) {
+#pragma unroll
+      for (int e = 0; e < E; e++) warp_out[warp][h][(e / V * S::lanes + member) * V + e % V] = out[h][e];
+    }
+  }
+  __syncthreads();
+  // Warps of the block.
+  for (int i = tid; i < kHeads * D; i += n_thread) {
+    const int h = i / D, c = i % D;
+    float top = minus_infinity(), sum = 0.0f, x = 0.0f;
+#pragma unroll
+    for (int w = 0; w < n_warp; w++) top = fmaxf(top, warp_ml[0][w][h]);
+#pragma unroll
+    for (int w = 0; w < n_warp; w++) {
+      const float f = exp2_fast(warp_ml[0][w][h] - reference(top));
+      sum += f * warp_ml[1][w][h];
+      x += f * warp_out[w][h][c];
+    }
+    if (part != nullptr) {
+      float* to = part + ((static_cast<int64_t>(row) * a.n_head + first_head + h) * n_split + split) * (D + 2);
+      to[2 + c] = x;
+      if (c == 0) to[0] = top, to[1] = sum;
+    } else {
+      block_out[h][c] = x;
+      if (c == 0) block_ml[0][h] = top, block_ml[1][h] = sum;
+    }
+  }
+  if (part != nullptr) return;
+  // Blocks of the cluster; each writes its share of the outputs.
+  cluster_sync();
+  for (int i = split * n_thread + tid; i < kHeads * D; i += n_split * n_thread) {
+    const int h = i / D, c = i % D;
+    float tops[max_split], sums[max_split], xs[max_split], top = minus_infinity(), sum = 0.0f, x = 0.0f;
+#pragma unroll
+    for (int r = 0; r < max_split; r++) {
+      if (r >= n_split) break;
+      tops[r] = cluster_load(&block_ml[0][h], r);
+      sums[r] = cluster_load(&block_ml[1][h], r);
+      xs[r] = cluster_load(&block_out[h][c], r);
+      top = fmaxf(top, tops[r]);
+    }
+#pragma unroll
+    for (int r = 0; r < max_split; r++) {
+      if (r >= n_split) break;
+      const float f = exp2_fast(tops[r] - reference(top));
+      sum += f * sums[r];
+      x += f * xs[r];
+    }
+    static_cast<T*>(a.out)[row * a.ldo + (first_head + h) * D + c] = from_float<T>(x / sum);
+    if (a.lse != nullptr && c == 0) a.lse[static_cast<int64_t>(row) * a.n_head + first_head + h] = (top + log2f(sum)) * ln_2;
+  }
+  cluster_sync();  // nobody leaves while others read
+}
+
+// Where there are no clusters.
+template <class T, int D>
+__global__ void __launch_bounds__(D) decode_merge_kernel(const __grid_constant__ Attention a, int n_split, const float* part) {
+  const int head = static_cast<int>(blockIdx.x), row = static_cast<int>(blockIdx.y), c = static_cast<int>(threadIdx.x);
+  const int64_t at = static_cast<int64_t>(row) * a.n_head + head;
+  const float* from = part + at * n_split * (D + 2);
+  float top = minus_infinity(), sum = 0.0f, x = 0.0f;
+  for (int r = 0; r < n_split; r++) top = fmaxf(top, from[r * (D + 2)]);
+  for (int r = 0; r < n_split; r++) {
+    const float f = exp2_fast(from[r * (D + 2)] - reference(top));
+    sum += f * from[r * (D + 2) + 1];
+    x += f * from[r * (D + 2) + 2 + c];
+  }
+  static_cast<T*>(a.out)[row * a.ldo + head * D + c] = from_float<T>(x / sum);
+  if (a.lse != nullptr && c == 0) a.lse[at] = (top + log2f(sum)) * ln_2;
+}
+
+template <class T, int D, int kHeads>
+void launch(const Context& ctx, const Attention& a) {
+  const auto rows = static_cast<int>(a.n_tok), columns = a.n_head / kHeads;
+  int n_split = 1;
+  while (n_split < max_split && n_split * rows * columns < 2 * ctx.n_sm) n_split *= 2;
+  const dim3 grid(static_cast<unsigned>(n_split), static_cast<unsigned>(columns), static_cast<unsigned>(rows));
+  const float scale2 = a.scale * log2_e;
+  if (ctx.arch >= 90) {
+    cudaLaunchAttribute cluster = {};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = static_cast<unsigned>(n_split);
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = dim3(n_thread);
+    config.stream = ctx.stream;
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+    MM_CUDA_CHECK(cudaLaunchKernelEx(&config, decode_kernel<T, D, kHeads>, a, scale2, n_split, static_cast<float*>(nullptr)));
+    return;
+  }
+  auto* part = Scratch(ctx).take<float>(static_cast<size_t>(rows) * static_cast<size_t>(a.n_head * n_split * (D + 2)));
+  decode_kernel<T, D, kHeads><<<grid, n_thread, 0, ctx.stream>>>(a, scale2, n_split, part);
+  MM_CUDA_LAUNCHED();
+  decode_merge_kernel<T, D><<<dim3(static_cast<unsigned>(a.n_head), static_cast<unsigned>(rows)), D, 0, ctx.stream>>>(
+      a, n_split, part);
+  MM_CUDA_LAUNCHED();
+}
+
+template <class T, int D>
+void launch_for_group(const Context& ctx, const Attention& a) {
+  const int group = a.n_head / a.n_kv_head;
+  if (group % 4 == 0) return launch<T, D, 4>(ctx, a);
+  if (group % 2 == 0) return launch<T, D, 2>(ctx, a);
+  launch<T, D, 1>(ctx, a);
+}
+
+}  // namespace
+
+void decode_attention_fwd(const Context& ctx, DType t, const Attention& a) {
+  if (a.n_tok == 0) return;
+  dispatch(t, [&]<class T>(T) {
+    switch (a.d_head) {
+      case 32: return launch_for_group<T, 32>(ctx, a);
+      case 64: return launch_for_group<T, 64>(ctx, a);
+      case 96: return launch_for_group<T, 96>(ctx, a);
+      case 128: return launch_for_group<T, 128>(ctx, a);
+      default: fail("attention", "d_head is not 32, 64, 96 or 128", __FILE__, __LINE__);
+    }
+  });
+}
+
+}  // namespace mm::cuda

@@ -1,0 +1,287 @@
+// Attention, forward, on Hopper's tensor cores (wgmma): out = softmax(scale Q K^T + causal mask) V over packed
+// sequences, keys = the queries' rows, bf16 in and out, fp32 sums.
+//
+// A block owns 128 query rows of one head: two warpgroups of 64 rows. K and V come through TMA into a ring of stages,
+// from the diagonal back to key 0, asked for by one thread of the second warpgroup (it has the longer rows). There is
+// no warp of its own for that: a ninth warp would take a warpgroup's share of the register file.
+//
+//            keys ->                       issuer:      q, then k, v of tile n-1, n-2, ..., 0
+//   rows  [ 0 ][ 1 ][ 2 ][ 3 \             warpgroup:   S = Q K^T (both from shared memory), online softmax in base 2,
+//         [ 0 ][ 1 ][ 2 ][ 3 ][ 4 \                     P to bf16 in registers, O += P V (P from registers)
+//
+// Rows of a tile past the end of the sequence belong to the next one (or are zeros): the causal mask keeps them from
+// the others, and they are not stored. Keys that the mask hides still meet P = 0 in the product with V, so a
+// non-finite V reaches other rows of its tile.
+// Flops 4 d a visible pair, bytes 2 (q + out) + reads of k and v per 128 rows, mostly from L2.
+#include <cmath>
+#include <limits>
+
+#include "kernels/cuda/attention_hopper.h"
+#include "kernels/cuda/attention_hopper_common.cuh"
+
+namespace mm::cuda {
+namespace hopper {
+namespace {
+
+struct FwdParams {
+  void* out;
+  float* lse;
+  const int32_t* cu;
+  const int32_t* tiles;
+  const int32_t* n_tiles;
+  int64_t ldo;
+  int n_head, group;
+  float scale;
+};
+
+constexpr int kRows = 128;     // query rows of a block
+constexpr int kThreads = 256;  // two warpgroups
+constexpr int kIssuer = 128;   // the thread that asks for copies
+
+template <int D, int kKeys, int kStages>
+struct FwdShared {
+  static constexpr int kQ = Tile<D>::bytes(kRows), kKv = Tile<D>::bytes(kKeys);
+  static constexpr int kK = kQ, kV = kK + kStages * kKv, kBars = kV + kStages * kKv;
+  static constexpr int kBytes = kBars + 8 * (1 + 4 * kStages) + 1024;  // 1024: the base is rounded up
+};
+
+// One tile of scores: new row maxima m, sums l, s becomes exp(scale (s - m)); rescale is what earlier sums and outputs
+// are multiplied by.
+template <int kKeys>
+__device__ inline void softmax_tile(float (&s)[kKeys / 2], float (&m)[2], float (&l)[2], float (&rescale)[2], float c) {
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    float most = m[r];
+#pragma unroll
+    for (int i = 0; i < kKeys / 2; i += 4) most = fmaxf(most, fmaxf(s[i + 2 * r], s[i + 2 * r + 1]));
+    most = quad_max(most);
+    rescale[r] = exp2_fast((m[r] - most) * c);
+    m[r] = most;
+    const float shift = most * c;
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kKeys / 2; i += 4) {
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        float& x = s[i + 2 * r + e];
+        x = exp2_fast(fmaf(x, c, -shift));
+        sum += x;
+      }
+    }
+    l[r] = l[r] * rescale[r] + sum;
+  }
+}
+
+// Keys after the row become invisible: key0 is the tile's first key, row this thread's first row.
+template <int kKeys>
+__device__ inline void mask_tile(float (&s)[kKeys / 2], int key0, int row) {
+  const int first = row - key0 - 2 * static_cast<int>(threadIdx.x % 4);  // columns up to it are visible
+#pragma unroll
+  for (int i = 0; i < kKeys / 2; i++) {
+    if (8 * (i / 4) + i % 2 > first + 8 * (i / 2 % 2)) s[i] = -INFINITY;
+  }
+}
+
+template <int D>
+__device__ inline void rescale_rows(float (&o)[D / 2], const float (&f)[2]) {
+#pragma unroll
+  for (int i = 0; i < D / 2; i++) o[i] *= f[i / 2 % 2];
+}
+
+// kOverlap: the products of tile j with V run while the softmax of tile j - 1 is computed (needs registers for both).
+template <class T, int D, int kKeys, int kStages, int kBlocksPerSm, bool kOverlap>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    attention_fwd_kernel(const __grid_constant__ CUtensorMap map_q, const __grid_constant__ CUtensorMap map_k,
+                         const __grid_constant__ CUtensorMap map_v, const FwdParams p) {
+#if defined(MM_SM90A)
+  using L = FwdShared<D, kKeys, kStages>;
+  const int tile = static_cast<int>(blockIdx.x) / p.n_head, head = static_cast<int>(blockIdx.x) % p.n_head;
+  if (tile >= *p.n_tiles) return;
+  extern __shared__ uint8_t raw[];
+  uint8_t* const shared = raw + (1024 - smem_address(raw) % 1024) % 1024;
+  uint64_t* const q_full = reinterpret_cast<uint64_t*>(shared + L::kBars);
+  uint64_t *const k_full = q_full + 1, *const k_empty = k_full + kStages;
+  uint64_t *const v_full = k_empty + kStages, *const v_empty = v_full + kStages;
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  if (threadIdx.x == 0) {
+    mbarrier_init(q_full, 1);
+    for (int s = 0; s < kStages; s++) {
+      mbarrier_init(k_full + s, 1);
+      mbarrier_init(v_full + s, 1);
+      mbarrier_init(k_empty + s, 8);
+      mbarrier_init(v_empty + s, 8);
+    }
+    mbarrier_init_fence();
+  }
+  const Place at = place_of(p.tiles, p.cu, tile);
+  const int n_key_tiles = (min(at.row + kRows, at.len) + kKeys - 1) / kKeys;
+  __syncthreads();
+
+  const int kv_head = head / p.group;
+  const auto load_k = [&](int i) {
+    const int st = i % kStages;
+    mbarrier_arrive_expect(k_full + st, L::kKv);
+    load_tile<D>(shared + L::kK + st * L::kKv, &map_k, k_full + st, at.start + (n_key_tiles - 1 - i) * kKeys, kv_head);
+  };
+  const auto load_v = [&](int i) {
+    const int st = i % kStages;
+    mbarrier_arrive_expect(v_full + st, L::kKv);
+    load_tile<D>(shared + L::kV + st * L::kKv, &map_v, v_full + st, at.start + (n_key_tiles - 1 - i) * kKeys, kv_head);
+  };
+  if (threadIdx.x == kIssuer) {
+    mbarrier_arrive_expect(q_full, L::kQ);
+    load_tile<D>(shared, &map_q, q_full, at.start + at.row, head);
+    for (int i = 0; i < min(kStages, n_key_tiles); i++) load_k(i), load_v(i);
+  }
+  // At the start of step i: refills the stages of K that step i - 1 and of V that step i - 2 read.
+  const auto refill = [&](int i) {
+    if (threadIdx.x == kIssuer) {
+      if (i >= 1 && i - 1 + kStages < n_key_tiles) {
+        mbarrier_wait(k_empty + (i - 1) % kStages, (i - 1) / kStages & 1);
+        load_k(i - 1 + kStages);
+      }
+      if (i >= 2 && i - 2 + kStages < n_key_tiles) {
+        mbarrier_wait(v_empty + (i - 2) % kStages, (i - 2) / kStages & 1);
+        load_v(i - 2 + kStages);
+      }
+    }
+    __syncwarp();
+  };
+
+  const int group_row = at.row + warp / 4 * 64;          // the warpgroup's first row
+  const int row = group_row + warp % 4 * 16 + lane / 4;  // this thread's rows are row, row + 8
+  const uint32_t q = smem_address(shared) + warp / 4 * 64 * Tile<D>::kSwizzle;
+  const uint32_t k0 = smem_address(shared + L::kK), v0 = smem_address(shared + L::kV);
+  const float c = p.scale * kLog2e;
+  // Key tiles that hold nothing visible for these rows (the warpgroup passes them on unread).
+  const int n_mine = group_row < at.len ? (min(group_row + 64, at.len) + kKeys - 1) / kKeys : 0;
+  int i = 0;
+  for (; i < n_key_tiles - n_mine; i++) {
+    const int s = i % kStages;
+    refill(i);
+    mbarrier_wait(k_full + s, i / kStages & 1);
+    if (lane == 0) mbarrier_arrive(k_empty + s);
+    mbarrier_wait(v_full + s, i / kStages & 1);
+    if (lane == 0) mbarrier_arrive(v_empty + s);
+  }
+  if (n_mine == 0) return;
+
+  float o[D / 2], s[kKeys / 2], m[2] = {-INFINITY, -INFINITY}, l[2] = {0.0f, 0.0f}, rescale[2];
+  uint32_t pa[kKeys / 4];
+#pragma unroll
+  for (int e = 0; e < D / 2; e++) o[e] = 0.0f;
+  mbarrier_wait(q_full, 0);
+
+  const auto scores = [&](int at_i) {  // issues S = Q K^T
+    const int stage = at_i % kStages;
+    mbarrier_wait(k_full + stage, at_i / kStages & 1);
+    wgmma_pin(s);
+    wgmma_fence();
+    product_abt<T, D, kKeys, kRows>(s, q, k0 + stage * L::kKv);
+    wgmma_commit();
+  };
+  const auto values = [&](int at_i) {  // issues O += P V
+    const int stage = at_i % kStages;
+    mbarrier_wait(v_full + stage, at_i / kStages & 1);
+    wgmma_pin(o);
+    wgmma_fence();
+    product_pb<T, D, kKeys>(o, pa, v0 + stage * L::kKv);
+    wgmma_commit();
+  };
+  const auto softmax = [&](int at_i) {
+    const int key0 = (n_key_tiles - 1 - at_i) * kKeys;
+    wgmma_pin(s);
+    if (lane == 0) mbarrier_arrive(k_empty + at_i % kStages);
+    if (key0 + kKeys - 1 > group_row) mask_tile<kKeys>(s, key0, row);
+    softmax_tile<kKeys>(s, m, l, rescale, c);
+  };
+
+  if constexpr (kOverlap) {
+    refill(i);
+    scores(i);
+    wgmma_wait<0>();
+    softmax(i);
+    pack_operand<T, kKeys>(pa, s);
+    for (i++; i < n_key_tiles; i++) {
+      refill(i);
+      scores(i);
+      values(i - 1);
+      wgmma_wait<1>();
+      softmax(i);
+      wgmma_wait<0>();
+      wgmma_pin(o);
+      if (lane == 0) mbarrier_arrive(v_empty + (i - 1) % kStages);
+      rescale_rows<D>(o, rescale);
+      pack_operand<T, kKeys>(pa, s);
+    }
+    values(i - 1);
+    wgmma_wait<0>();
+    wgmma_pin(o);
+  } else {
+    for (; i < n_key_tiles; i++) {
+      refill(i);
+      scores(i);
+      wgmma_wait<0>();
+      softmax(i);
+      rescale_rows<D>(o, rescale);
+      pack_operand<T, kKeys>(pa, s);
+      values(i);
+      wgmma_wait<0>();
+      wgmma_pin(o);
+      if (lane == 0) mbarrier_arrive(v_empty + i % kStages);
+    }
+  }
+
+  float inverse[2];
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    const float sum = quad_sum(l[r]);
+    inverse[r] = 1.0f / sum;
+    if (p.lse != nullptr && lane % 4 == 0 && row + 8 * r < at.len)
+      p.lse[static_cast<int64_t>(at.start + row + 8 * r) * p.n_head + head] = m[r] * p.scale + logf(sum);
+  }
+  store_rows<T, D>(static_cast<T*>(p.out) + (at.start + row) * p.ldo + head * D, p.ldo, o, inverse, row < at.len,
+                   row + 8 < at.len);
+#endif
+}
+
+template <class T, int D, int kKeys, int kStages, int kBlocksPerSm, bool kOverlap>
+void launch(const Context& ctx, DType t, const Attention& a) {
+  using L = FwdShared<D, kKeys, kStages>;
+  const CUtensorMap q = tile_map<D>(t, a.q, a.ldq, a.n_tok, a.n_head, kRows);
+  const CUtensorMap k = tile_map<D>(t, a.k, a.ldk, a.n_tok, a.n_kv_head, kKeys);
+  const CUtensorMap v = tile_map<D>(t, a.v, a.ldv, a.n_tok, a.n_kv_head, kKeys);
+  const FwdParams p{a.out, a.lse, a.cu, a.tiles, a.n_tiles, a.ldo, a.n_head, a.n_head / a.n_kv_head, a.scale};
+  const auto kernel = attention_fwd_kernel<T, D, kKeys, kStages, kBlocksPerSm, kOverlap>;
+  static const bool once = [&] {
+    MM_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, L::kBytes));
+    return true;
+  }();
+  (void)once;
+  kernel<<<static_cast<unsigned>(a.max_tiles * a.n_head), kThreads, L::kBytes, ctx.stream>>>(q, k, v, p);
+  MM_CUDA_LAUNCHED();
+}
+
+}  // namespace
+}  // namespace hopper
+
+bool hopper_attention_supported(const Context& ctx, DType t, const Attention& a) {
+  return ctx.arch == 90 && t == DType::bf16 &&
+         (a.d_head == 32 || a.d_head == 64 || a.d_head == 96 || a.d_head == 128) && a.kv_start == nullptr &&
+         a.kv_len == nullptr && a.dropout == 0.0f && a.tiles != nullptr && a.scale > 0.0f &&
+         hopper::tma_readable(a.q, a.ldq) && hopper::tma_readable(a.k, a.ldk) && hopper::tma_readable(a.v, a.ldv) &&
+         hopper::tma_readable(a.out, a.ldo);
+}
+
+void hopper_attention_fwd(const Context& ctx, DType t, const Attention& a) {
+  if (a.n_tok == 0 || a.max_tiles == 0) return;
+  using T = bf16;
+  switch (a.d_head) {
+    case 32: return hopper::launch<T, 32, 64, 4, 2, true>(ctx, t, a);
+    case 64: return hopper::launch<T, 64, 64, 4, 2, true>(ctx, t, a);
+    case 96: return hopper::launch<T, 96, 64, 3, 2, false>(ctx, t, a);
+    default: return hopper::launch<T, 128, 128, 2, 1, true>(ctx, t, a);
+  }
+}
+
+}  // namespace mm::cuda

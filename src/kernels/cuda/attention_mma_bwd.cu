@@ -1,0 +1,429 @@
+// Attention backward on tensor cores (mma.sync), two kernels without atomics, so the same bits every time:
+//
+//   P = 2^(scale log2(e) q k^T - lse log2(e)),  dP = dout v^T,  delta = rowsum(dout * out),  dS = P (dP - delta)
+//   1. dq = scale dS k: a block is 128 query rows of one head, over the keys they see. On the way it computes delta and
+//      leaves {lse log2(e), delta} of every (head, query) in scratch.
+//   2. dk = scale dS^T q, dv = P^T dout: a block is 128 keys of one key head, over the queries that see them, all heads
+//      of the group one after another.
+//
+//            queries ->                     The second works on transposed tiles, S^T = K Q^T: a warp owns rows that are
+//   keys [ \ # # # ]  \ masked             keys, P^T and dS^T go from accumulators to operands in registers, and
+//        [   \ # # ]  # whole              nothing but the operands themselves passes through shared memory.
+//
+// One kernel would save computing S and dP twice (10 d flops for each visible pair, here 14 d), but then dq is summed
+// across blocks: by atomics (not deterministic), in turns, or through one copy a key tile. The time of the reads of
+// fragments from shared memory bounds both: a warp keeps the operand that stays (q, dout or k, v) in registers where they
+// suffice.
+#include "kernels/cuda/attention_mma.cuh"
+#include "kernels/cuda/attention_mma.h"
+
+namespace mm::cuda {
+
+namespace {
+
+struct Stats {
+  float lse2, delta;
+};
+
+// Operand A of a warp, 16 * MT rows: in registers, or read from shared memory at each use.
+template <int D, int MT, bool kKeep>
+struct RowOperand {
+  uint32_t address;
+  uint32_t kept[kKeep ? MT : 1][kKeep ? D / 16 : 1][4];
+  __device__ __forceinline__ void load(const FragmentAddress<D>& rows) {
+    if constexpr (kKeep) {
+#pragma unroll
+      for (int m = 0; m < MT; m++) {
+#pragma unroll
+        for (int c = 0; c < D / 16; c++) ldmatrix(kept[m][c], address + rows.at(16 * m, c));
+      }
+    }
+  }
+  __device__ __forceinline__ void get(uint32_t (&a)[MT][4], const FragmentAddress<D>& rows, int c) const {
+#pragma unroll
+    for (int m = 0; m < MT; m++) {
+      if constexpr (kKeep) a[m][0] = kept[m][c][0], a[m][1] = kept[m][c][1], a[m][2] = kept[m][c][2], a[m][3] = kept[m][c][3];
+      else ldmatrix(a[m], address + rows.at(16 * m, c));
+    }
+  }
+};
+
+template <int MT, int N>
+__device__ __forceinline__ void set_zero(float (&x)[MT][N][4]) {
+#pragma unroll
+  for (int m = 0; m < MT; m++) {
+#pragma unroll
+    for (int c = 0; c < N; c++) x[m][c][0] = x[m][c][1] = x[m][c][2] = x[m][c][3] = 0.0f;
+  }
+}
+
+// c [16 MT, N] += a [16 MT, D] b^T, b [N, D] rows in shared memory.
+template <class T, int D, int MT, int N, bool kKeep>
+__device__ __forceinline__ void multiply_rows(float (&acc)[MT][N / 8][4], const RowOperand<D, MT, kKeep>& a, uint32_t b,
+                                              const FragmentAddress<D>& rows, const FragmentAddress<D>& cols) {
+#pragma unroll
+  for (int c = 0; c < D / 16; c++) {
+    uint32_t x[MT][4];
+    a.get(x, rows, c);
+#pragma unroll
+    for (int j = 0; j < N / 16; j++) {
+      uint32_t y[4];
+      ldmatrix(y, b + cols.at(16 * j, c));
+#pragma unroll
+      for (int m = 0; m < MT; m++) {
+        mma<T>(acc[m][2 * j], x[m], y[0], y[1]);
+        mma<T>(acc[m][2 * j + 1], x[m], y[2], y[3]);
+      }
+    }
+  }
+}
+
+// acc [16 MT, D] += x [16 MT, N] b, b [N, D] rows in shared memory.
+template <class T, int D, int MT, int N>
+__device__ __forceinline__ void multiply_columns(float (&acc)[MT][D / 8][4], const float (&x)[MT][N / 8][4], uint32_t b,
+                                                 const FragmentAddress<D>& rows) {
+#pragma unroll
+  for (int j = 0; j < N / 16; j++) {
+    uint32_t a[MT][4];
+#pragma unroll
+    for (int m = 0; m < MT; m++) as_operand<T>(a[m], x[m][2 * j], x[m][2 * j + 1]);
+#pragma unroll
+    for (int c = 0; c < D / 16; c++) {
+      uint32_t y[4];
+      ldmatrix_transposed(y, b + rows.at(16 * j, c));
+#pragma unroll
+      for (int m = 0; m < MT; m++) {
+        mma<T>(acc[m][2 * c], a[m], y[0], y[1]);
+        mma<T>(acc[m][2 * c + 1], a[m], y[2], y[3]);
+      }
+    }
+  }
+}
+
+// --- dq -----------------------------------------------------------------------------------------------------------
+// kBlock keys a stage, kStep at a time in registers.
+template <class T_, int D_, int kWarps_, int kBlock_, int kStep_, bool kKeepQ_, bool kKeepDout_, int kBlocksPerSm_>
+struct QueryShape {
+  using T = T_;
+  static constexpr int D = D_, warps = kWarps_, block = kBlock_, step = kStep_, MT = tile_rows / (16 * warps);
+  static constexpr bool keep_q = kKeepQ_, keep_dout = kKeepDout_;
+  static constexpr int threads = 32 * warps, per_sm = kBlocksPerSm_;
+  static constexpr int shared = 2 * D * (2 * tile_rows + 4 * block) + tile_rows * static_cast<int>(sizeof(Stats));
+};
+
+template <class C>
+__global__ void __launch_bounds__(C::threads, C::per_sm)
+    attention_dq_kernel(const __grid_constant__ AttentionBwd b, float scale2, Stats* stats) {
+  using T = typename C::T;
+  constexpr int D = C::D, MT = C::MT, N = C::step;
+  using L = RowLayout<D>;
+  const Attention& a = b.fwd;
+  const int head = static_cast<int>(blockIdx.x) % a.n_head;
+  const Tile tile = find_tile(a, static_cast<int>(blockIdx.x) / a.n_head, tile_rows);
+  if (tile.seq < 0) return;
+  const Sequence seq(a, tile.seq);
+  const int n_row = seq.q_len - tile.row;
+  if (n_row <= 0) return;
+  const int tid = static_cast<int>(threadIdx.x), warp = tid / 32, lane = tid % 32;
+  const int kv_head = head / (a.n_head / a.n_kv_head), n_key = min(seq.q_len, tile.row + tile_rows);
+  const int64_t token = seq.q0 + tile.row;
+  const T* q = static_cast<const T*>(a.q) + token * a.ldq + head * D;
+  const T* dout = static_cast<const T*>(b.dout) + token * b.lddout + head * D;
+  const T* k = static_cast<const T*>(a.k) + seq.kv0 * a.ldk + kv_head * D;
+  const T* v = static_cast<const T*>(a.v) + seq.kv0 * a.ldv + kv_head * D;
+
+  extern __shared__ __align__(128) unsigned char shared[];
+  constexpr uint32_t tile_bytes = 2 * D * tile_rows, block_bytes = 2 * D * C::block;
+  const uint32_t q_shared = shared_address(shared), kv_shared = q_shared + 2 * tile_bytes;
+  Stats* const row_stats = reinterpret_cast<Stats*>(shared + 2 * tile_bytes + 4 * block_bytes);
+  const auto copy_block = [&](int i, int stage) {
+    const uint32_t to = kv_shared + static_cast<uint32_t>(stage) * 2 * block_bytes;
+    const int first = i * C::block;
+    copy_rows_async<D, C::block, C::threads>(to, k + first * a.ldk, a.ldk, seq.q_len - first, tid);
+    copy_rows_async<D, C::block, C::threads>(to + block_bytes, v + first * a.ldv, a.ldv, seq.q_len - first, tid);
+    cp_async_commit();
+  };
+  copy_rows_async<D, tile_rows, C::threads>(q_shared, q, a.ldq, n_row, tid);
+  copy_rows_async<D, tile_rows, C::threads>(q_shared + tile_bytes, dout, b.lddout, n_row, tid);
+  copy_block(0, 0);
+
+  {  // delta, while the copies run
+    const T* out = static_cast<const T*>(a.out) + token * a.ldo + head * D;
+    const int c = tid % L::lanes;
+#pragma unroll
+    for (int r = 0; r < tile_rows; r += C::threads / L::lanes) {
+      const int row = r + tid / L::lanes;
+      float sum = 0.0f;
+      if (row < n_row) {
+#pragma unroll
+        for (int j = 0; j < D / 8; j += L::lanes) {
+          float x[8], y[8];
+          load<T, 8>(x, out + row * a.ldo + (c + j) * 8);
+          load<T, 8>(y, dout + row * b.lddout + (c + j) * 8);
+#pragma unroll
+          for (int e = 0; e < 8; e++) sum += x[e] * y[e];
+        }
+      }
+      sum = warp_sum<L::lanes>(sum);
+      if (c == 0) {
+        const Stats s = {row < n_row ? a.lse[(token + row) * a.n_head + head] * log2_e : 0.0f, sum};
+        row_stats[row] = s;
+        if (row < n_row) stats[head * a.n_tok + token + row] = s;
+      }
+    }
+  }
+
+  const int warp_row = warp * 16 * MT, first_row = tile.row + warp_row;
+  const FragmentAddress<D> rows(0, Pattern::rows, lane), cols(0, Pattern::cols, lane);
+  const auto row_bytes = static_cast<uint32_t>(warp_row * L::bytes);
+  RowOperand<D, MT, C::keep_q> q_rows{q_shared + row_bytes};
+  RowOperand<D, MT, C::keep_dout> dout_rows{q_shared + tile_bytes + row_bytes};
+  float dq[MT][D / 8][4];
+  set_zero(dq);
+  cp_async_wait<0>();
+  __syncthreads();
+  q_rows.load(rows);
+  dout_rows.load(rows);
+  Stats st[2 * MT];
+#pragma unroll
+  for (int r = 0; r < 2 * MT; r++) st[r] = row_stats[warp_row + r * 8 + lane / 4];
+
+  const auto step = [&](uint32_t ks, uint32_t vs, int first_hidden, auto mask) {
+    float s[MT][N / 8][4], dp[MT][N / 8][4];
+    set_zero(s);
+    set_zero(dp);
+    multiply_rows<T, D, MT, N>(s, q_rows, ks, rows, cols);
+    multiply_rows<T, D, MT, N>(dp, dout_rows, vs, rows, cols);
+#pragma unroll
+    for (int m = 0; m < MT; m++) {
+#pragma unroll
+      for (int c = 0; c < N / 8; c++) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+          const Stats& x = st[2 * m + e / 2];
+          float p = exp2_fast(s[m][c][e] * scale2 - x.lse2);
+          if constexpr (decltype(mask)::value) {
+            const int row = m * 16 + e / 2 * 8 + lane / 4, key = c * 8 + lane % 4 * 2 + e % 2;
+            if (key >= row + first_hidden) p = 0.0f;
+          }
+          s[m][c][e] = p * (dp[m][c][e] - x.delta);
+        }
+      }
+    }
+    multiply_columns<T, D, MT, N>(dq, s, ks, rows);
+  };
+
+  const int n_block = (n_key + C::block - 1) / C::block;
+  for (int i = 0;; i++) {
+    if (i + 1 < n_block) copy_block(i + 1, (i + 1) & 1);
+    const uint32_t ks = kv_shared + static_cast<uint32_t>(i & 1) * 2 * block_bytes, vs = ks + block_bytes;
+    if (warp_row < n_row) {
+      const int seen = min(n_key, first_row + 16 * MT);
+#pragma unroll 1
+      for (int part = 0; part < C::block; part += N) {
+        const int first = i * C::block + part, first_hidden = first_row + 1 - first;
+        const auto at = static_cast<uint32_t>(part * L::bytes);
+        if (first >= seen) break;
+        if (first_hidden >= N) step(ks + at, vs + at, 0, std::false_type{});
+        else step(ks + at, vs + at, first_hidden, std::true_type{});
+      }
+    }
+    if (i + 1 >= n_block) break;
+    cp_async_wait<0>();
+    __syncthreads();
+  }
+  if (warp_row >= n_row) return;
+  float factor[2 * MT];
+#pragma unroll
+  for (int r = 0; r < 2 * MT; r++) factor[r] = a.scale;
+  T* dst = static_cast<T*>(b.dq) + (token + warp_row) * b.lddq + head * D;
+  store_rows<D, MT>(dst, b.lddq, n_row - warp_row, shared + row_bytes, lane, dq, factor);
+}
+
+// --- dk, dv -------------------------------------------------------------------------------------------------------
+// kBlock queries a stage, kStep at a time in registers.
+template <class T_, int D_, int kWarps_, int kBlock_, int kStep_, bool kKeepK_, bool kKeepV_, int kBlocksPerSm_>
+struct KeyShape {
+  using T = T_;
+  static constexpr int D = D_, warps = kWarps_, block = kBlock_, step = kStep_, MT = tile_rows / (16 * warps);
+  static constexpr bool keep_k = kKeepK_, keep_v = kKeepV_;
+  static constexpr int threads = 32 * warps, per_sm = kBlocksPerSm_;
+  static constexpr int shared =
+      2 * D * (2 * tile_rows + 4 * block) + 2 * block * static_cast<int>(sizeof(Stats));
+};
+
+template <class C>
+__global__ void __launch_bounds__(C::threads, C::per_sm)
+    attention_dkv_kernel(const __grid_constant__ AttentionBwd b, float scale2, const Stats* stats) {
+  using T = typename C::T;
+  constexpr int D = C::D, MT = C::MT, N = C::step;
+  using L = RowLayout<D>;
+  const Attention& a = b.fwd;
+  const int kv_head = static_cast<int>(blockIdx.x) % a.n_kv_head;
+  const Tile tile = find_tile(a, static_cast<int>(blockIdx.x) / a.n_kv_head, tile_rows);
+  if (tile.seq < 0) return;
+  const Sequence seq(a, tile.seq);
+  // The list has later rows first; here the earlier ones are seen by most queries.
+  const int key0 = ((seq.q_len - 1) / tile_rows - tile.row / tile_rows) * tile_rows, n_key = seq.q_len - key0;
+  if (n_key <= 0 || key0 < 0) return;
+  const int tid = static_cast<int>(threadIdx.x), warp = tid / 32, lane = tid % 32;
+  const int group = a.n_head / a.n_kv_head;
+  const int64_t token = seq.q0 + key0;
+  const T* k = static_cast<const T*>(a.k) + (seq.kv0 + key0) * a.ldk + kv_head * D;
+  const T* v = static_cast<const T*>(a.v) + (seq.kv0 + key0) * a.ldv + kv_head * D;
+  const T* q = static_cast<const T*>(a.q) + token * a.ldq + kv_head * group * D;
+  const T* dout = static_cast<const T*>(b.dout) + token * b.lddout + kv_head * group * D;
+  const Stats* head_stats = stats + static_cast<int64_t>(kv_head) * group * a.n_tok + token;
+
+  extern __shared__ __align__(128) unsigned char shared[];
+  constexpr uint32_t tile_bytes = 2 * D * tile_rows, block_bytes = 2 * D * C::block;
+  const uint32_t k_shared = shared_address(shared), q_shared = k_shared + 2 * tile_bytes;
+  const uint32_t stats_shared = q_shared + 4 * block_bytes;
+  const Stats* const block_stats = reinterpret_cast<const Stats*>(shared + 2 * tile_bytes + 4 * block_bytes);
+  const int n_block = (n_key + C::block - 1) / C::block, n_turn = group * n_block;
+  // Queries from key0 + block * C::block on, of head `head` of the group.
+  const auto copy_block = [&](int head, int block, int stage) {
+    const uint32_t to = q_shared + static_cast<uint32_t>(stage) * 2 * block_bytes;
+    const int first = block * C::block, left = n_key - first;
+    copy_rows_async<D, C::block, C::threads>(to, q + first * a.ldq + head * D, a.ldq, left, tid);
+    copy_rows_async<D, C::block, C::threads>(to + block_bytes, dout + first * b.lddout + head * D, b.lddout, left, tid);
+    if (tid < C::block) {
+      const Stats* from = head_stats + head * a.n_tok + first;
+      cp_async8(stats_shared + static_cast<uint32_t>(stage * C::block + tid) * 8, tid < left ? from + tid : stats, tid < left);
+    }
+    cp_async_commit();
+  };
+  copy_rows_async<D, tile_rows, C::threads>(k_shared, k, a.ldk, n_key, tid);
+  copy_rows_async<D, tile_rows, C::threads>(k_shared + tile_bytes, v, a.ldv, n_key, tid);
+  copy_block(0, 0, 0);
+
+  const int warp_row = warp * 16 * MT;
+  const FragmentAddress<D> rows(0, Pattern::rows, lane), cols(0, Pattern::cols, lane);
+  const auto row_bytes = static_cast<uint32_t>(warp_row * L::bytes);
+  RowOperand<D, MT, C::keep_k> k_rows{k_shared + row_bytes};
+  RowOperand<D, MT, C::keep_v> v_rows{k_shared + tile_bytes + row_bytes};
+  float dk[MT][D / 8][4], dv[MT][D / 8][4];
+  set_zero(dk);
+  set_zero(dv);
+  cp_async_wait<0>();
+  __syncthreads();
+  k_rows.load(rows);
+  v_rows.load(rows);
+
+  // first_seen: column of the first query that sees row 0 of the warp.
+  const auto step = [&](uint32_t qs, uint32_t ds, const Stats* st, int first_seen, auto mask) {
+    float p[MT][N / 8][4], dp[MT][N / 8][4];
+    set_zero(p);
+    set_zero(dp);
+    multiply_rows<T, D, MT, N>(p, k_rows, qs, rows, cols);
+    multiply_rows<T, D, MT, N>(dp, v_rows, ds, rows, cols);
+#pragma unroll
+    for (int c = 0; c < N / 8; c++) {
+      const float4 x = *reinterpret_cast<const float4*>(st + c * 8 + lane % 4 * 2);  // of two queries
+#pragma unroll
+      for (int m = 0; m < MT; m++) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+          float w = exp2_fast(p[m][c][e] * scale2 - (e % 2 == 0 ? x.x : x.z));
+          if constexpr (decltype(mask)::value) {
+            const int row = m * 16 + e / 2 * 8 + lane / 4, query = c * 8 + lane % 4 * 2 + e % 2;
+            if (query < row + first_seen) w = 0.0f;
+          }
+          p[m][c][e] = w;
+          dp[m][c][e] = w * (dp[m][c][e] - (e % 2 == 0 ? x.y : x.w));
+        }
+      }
+    }
+    multiply_columns<T, D, MT, N>(dv, p, ds, rows);
+    multiply_columns<T, D, MT, N>(dk, dp, qs, rows);
+  };
+
+  int next_head = 0, next_block = 0;
+  for (int turn = 0, block = 0;; turn++) {
+    if (++next_block == n_block) next_block = 0, next_head++;
+    if (turn + 1 < n_turn) copy_block(next_head, next_block, (turn + 1) & 1);
+    const uint32_t qs = q_shared + static_cast<uint32_t>(turn & 1) * 2 * block_bytes, ds = qs + block_bytes;
+    if (warp_row < n_key) {
+#pragma unroll 1
+      for (int part = 0; part < C::block; part += N) {
+        const int first = block * C::block + part, first_seen = warp_row - first;
+        const auto at = static_cast<uint32_t>(part * L::bytes);
+        if (first >= n_key) break;
+        if (first_seen >= N) continue;
+        const Stats* st = block_stats + (turn & 1) * C::block + part;
+        if (first_seen + 16 * MT <= 1) step(qs + at, ds + at, st, 0, std::false_type{});
+        else step(qs + at, ds + at, st, first_seen, std::true_type{});
+      }
+    }
+    block = next_block;
+    if (turn + 1 >= n_turn) break;
+    cp_async_wait<0>();
+    __syncthreads();
+  }
+  if (warp_row >= n_key) return;
+  float factor[2 * MT];
+#pragma unroll
+  for (int r = 0; r < 2 * MT; r++) factor[r] = a.scale;
+  T* dk_to = static_cast<T*>(b.dk) + (seq.kv0 + key0 + warp_row) * b.lddk + kv_head * D;
+  store_rows<D, MT>(dk_to, b.lddk, n_key - warp_row, shared + row_bytes, lane, dk, factor);
+#pragma unroll
+  for (int r = 0; r < 2 * MT; r++) factor[r] = 1.0f;
+  T* dv_to = static_cast<T*>(b.dv) + (seq.kv0 + key0 + warp_row) * b.lddv + kv_head * D;
+  store_rows<D, MT>(dv_to, b.lddv, n_key - warp_row, shared + tile_bytes + row_bytes, lane, dv, factor);
+}
+
+// --- launches -----------------------------------------------------------------------------------------------------
+template <class C>
+void launch_dq(const Context& ctx, const AttentionBwd& b, Stats* stats) {
+  const auto kernel = attention_dq_kernel<C>;
+  static const cudaError_t once =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::shared);
+  MM_CUDA_CHECK(once);
+  const auto blocks = static_cast<unsigned>(tile_grid(b.fwd, tile_rows) * b.fwd.n_head);
+  kernel<<<blocks, C::threads, C::shared, ctx.stream>>>(b, b.fwd.scale * log2_e, stats);
+  MM_CUDA_LAUNCHED();
+}
+
+template <class C>
+void launch_dkv(const Context& ctx, const AttentionBwd& b, const Stats* stats) {
+  const auto kernel = attention_dkv_kernel<C>;
+  static const cudaError_t once =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::shared);
+  MM_CUDA_CHECK(once);
+  const auto blocks = static_cast<unsigned>(tile_grid(b.fwd, tile_rows) * b.fwd.n_kv_head);
+  kernel<<<blocks, C::threads, C::shared, ctx.stream>>>(b, b.fwd.scale * log2_e, stats);
+  MM_CUDA_LAUNCHED();
+}
+
+template <class T>
+void launch_for_width(const Context& ctx, const AttentionBwd& b, Stats* stats) {
+  switch (b.fwd.d_head) {
+    case 32:
+      launch_dq<QueryShape<T, 32, 4, 64, 32, true, true, 2>>(ctx, b, stats);
+      return launch_dkv<KeyShape<T, 32, 4, 64, 32, true, true, 2>>(ctx, b, stats);
+    case 64:
+      launch_dq<QueryShape<T, 64, 4, 64, 32, true, true, 2>>(ctx, b, stats);
+      return launch_dkv<KeyShape<T, 64, 4, 64, 32, false, false, 2>>(ctx, b, stats);
+    case 96:
+      launch_dq<QueryShape<T, 96, 4, 64, 32, true, false, 2>>(ctx, b, stats);
+      return launch_dkv<KeyShape<T, 96, 8, 64, 32, true, true, 1>>(ctx, b, stats);
+    case 128:
+      launch_dq<QueryShape<T, 128, 8, 32, 32, true, true, 1>>(ctx, b, stats);
+      return launch_dkv<KeyShape<T, 128, 8, 32, 32, false, false, 1>>(ctx, b, stats);
+    default: fail("attention", "d_head is not 32, 64, 96 or 128", __FILE__, __LINE__);
+  }
+}
+
+}  // namespace
+
+size_t mma_attention_bwd_scratch(int64_t n_tok, int n_head) {
+  return (static_cast<size_t>(n_tok) * static_cast<size_t>(n_head) * sizeof(Stats) + 255) / 256 * 256;
+}
+
+void mma_attention_bwd(const Context& ctx, DType t, const AttentionBwd& b) {
+  if (tile_grid(b.fwd, tile_rows) == 0) return;
+  Stats* stats = Scratch(ctx).take<Stats>(static_cast<size_t>(b.fwd.n_tok) * static_cast<size_t>(b.fwd.n_head));
+  t == DType::bf16 ? launch_for_width<bf16>(ctx, b, stats) : launch_for_width<f16>(ctx, b, stats);
+}
+
+}  // namespace mm::cuda

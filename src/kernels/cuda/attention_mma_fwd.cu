@@ -1,0 +1,255 @@
+// Attention forward on tensor cores (mma.sync): out = softmax(scale q k^T + causal mask) v, lse = log of its denominator.
+//
+// A block is 128 query rows of one head, 4 warps of 32 rows. Keys and values come in blocks of 64 rows through two
+// stages of shared memory (cp.async), the last visible ones first: the masked blocks come first, and the running
+// maximum is mostly right from the start.
+//
+//            keys ->   0    64   128  192         warp 0: rows   0-31  reads blocks 1 (half), 0
+//   rows    0 - 63   [ #\ ]                       warp 1: rows  32-63  1 is wholly masked for it when shift = 0 ...
+//   rows   64 - 127  [ ## ][ #\ ]                 a warp skips what none of its rows sees, in steps of 32 keys
+//
+// A warp computes S = Q K^T (32 x 64, fp32 in registers), P = 2^(S scale log2(e) - m), O += P V, P going from accumulator
+// to operand without leaving registers. 32 rows a warp, not 16: each fragment of K and V read from shared memory then
+// feeds two products, else shared memory (128 bytes a clock) would be the limit. m, the reference of the exponent, follows
+// the maximum only when that has grown by more than 8 (P up to 256: as exact as before), which saves nearly all
+// rescaling of O.
+//
+// Work: 4 d flops for each (query, visible key); memory: q, out once, k, v once a tile (from L2 mostly).
+#include "kernels/cuda/attention_mma.cuh"
+#include "kernels/cuda/attention_mma.h"
+
+namespace mm::cuda {
+
+namespace {
+
+constexpr int n_warp = 4, n_thread = 32 * n_warp, warp_rows = 32, key_block = 64;
+constexpr float slack = 8.0f;  // how far, in powers of two, the maximum may exceed the reference
+
+template <int D>
+constexpr int shared_bytes = 2 * D * (tile_rows + 4 * key_block);
+
+template <class T, int D, bool kKeepQ>
+struct ForwardWarp {
+  FragmentAddress<D> rows, cols;
+  uint32_t q_address;
+  uint32_t q[2][D / 16][4];
+  float o[2][D / 8][4], m[4], l[4];  // row m * 16 + half * 8 + lane / 4 is number 2 * m + half
+  float scale2;
+  int lane;
+
+  __device__ __forceinline__ ForwardWarp(uint32_t q_shared, float s, int lane_)
+      : rows(0, Pattern::rows, lane_), cols(0, Pattern::cols, lane_), q_address(q_shared), scale2(s), lane(lane_) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) m[i] = minus_infinity(), l[i] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+#pragma unroll
+      for (int c = 0; c < D / 8; c++) o[i][c][0] = o[i][c][1] = o[i][c][2] = o[i][c][3] = 0.0f;
+    }
+  }
+
+  __device__ __forceinline__ void load_q() {
+    if constexpr (kKeepQ) {
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+#pragma unroll
+        for (int c = 0; c < D / 16; c++) ldmatrix(q[i][c], q_address + rows.at(16 * i, c));
+      }
+    }
+  }
+
+  // N keys; first_hidden: of row 0 of the warp, counted from the first of these keys.
+  template <int N, bool kMask>
+  __device__ __forceinline__ void step(uint32_t k, uint32_t v, int first_hidden) {
+    float s[2][N / 8][4];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+#pragma unroll
+      for (int c = 0; c < N / 8; c++) s[i][c][0] = s[i][c][1] = s[i][c][2] = s[i][c][3] = 0.0f;
+    }
+#pragma unroll
+    for (int c = 0; c < D / 16; c++) {
+      if constexpr (!kKeepQ) {
+        ldmatrix(q[0][0], q_address + rows.at(0, c));
+        ldmatrix(q[1][0], q_address + rows.at(16, c));
+      }
+      const int at = kKeepQ ? c : 0;
+#pragma unroll
+      for (int j = 0; j < N / 16; j++) {
+        uint32_t b[4];
+        ldmatrix(b, k + cols.at(16 * j, c));
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          mma<T>(s[i][2 * j], q[i][at], b[0], b[1]);
+          mma<T>(s[i][2 * j + 1], q[i][at], b[2], b[3]);
+        }
+      }
+    }
+    if constexpr (kMask) {
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+#pragma unroll
+        for (int c = 0; c < N / 8; c++) {
+#pragma unroll
+          for (int e = 0; e < 4; e++) {
+            const int row = i * 16 + e / 2 * 8 + lane / 4, key = c * 8 + lane % 4 * 2 + e % 2;
+            if (key >= row + first_hidden) s[i][c][e] = minus_infinity();
+          }
+        }
+      }
+    }
+    softmax<N>(s);
+#pragma unroll
+    for (int j = 0; j < N / 16; j++) {
+      uint32_t p[2][4];
+      as_operand<T>(p[0], s[0][2 * j], s[0][2 * j + 1]);
+      as_operand<T>(p[1], s[1][2 * j], s[1][2 * j + 1]);
+#pragma unroll
+      for (int c = 0; c < D / 16; c++) {
+        uint32_t b[4];
+        ldmatrix_transposed(b, v + rows.at(16 * j, c));
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          mma<T>(o[i][2 * c], p[i], b[0], b[1]);
+          mma<T>(o[i][2 * c + 1], p[i], b[2], b[3]);
+        }
+      }
+    }
+  }
+
+  template <int N>
+  __device__ __forceinline__ void softmax(float (&s)[2][N / 8][4]) {
+    float top[4];
+    bool grown = false;
+#pragma unroll
+    for (int r = 0; r < 4; r++) {
+      const int i = r / 2, e = r % 2 * 2;
+      float x = fmaxf(s[i][0][e], s[i][0][e + 1]);
+#pragma unroll
+      for (int c = 1; c < N / 8; c++) x = fmaxf(x, fmaxf(s[i][c][e], s[i][c][e + 1]));
+      x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+      x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+      top[r] = x * scale2;
+      grown |= top[r] > m[r] + slack;
+    }
+    if (__any_sync(0xffffffffu, grown)) {
+#pragma unroll
+      for (int r = 0; r < 4; r++) {
+        const float to = fmaxf(m[r], top[r]), f = to == m[r] ? 1.0f : exp2_fast(m[r] - to);
+        m[r] = to;
+        l[r] *= f;
+#pragma unroll
+        for (int c = 0; c < D / 8; c++) o[r / 2][c][r % 2 * 2] *= f, o[r / 2][c][r % 2 * 2 + 1] *= f;
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < 4; r++) {
+      const int i = r / 2, e = r % 2 * 2;
+      const float from = m[r] == minus_infinity() ? 0.0f : m[r];  // no visible key so far: all 2^-inf
+      float sum0 = 0.0f, sum1 = 0.0f;
+#pragma unroll
+      for (int c = 0; c < N / 8; c++) {
+        sum0 += s[i][c][e] = exp2_fast(s[i][c][e] * scale2 - from);
+        sum1 += s[i][c][e + 1] = exp2_fast(s[i][c][e + 1] * scale2 - from);
+      }
+      l[r] += sum0 + sum1;
+    }
+  }
+};
+
+template <class T, int D, bool kKeepQ>
+__global__ void __launch_bounds__(n_thread, 2) attention_fwd_kernel(const __grid_constant__ Attention a, float scale2) {
+  const int head = static_cast<int>(blockIdx.x) % a.n_head;
+  const Tile tile = find_tile(a, static_cast<int>(blockIdx.x) / a.n_head, tile_rows);
+  if (tile.seq < 0) return;
+  const Sequence seq(a, tile.seq);
+  const int n_row = seq.q_len - tile.row;
+  if (n_row <= 0) return;
+  const int tid = static_cast<int>(threadIdx.x), warp = tid / 32, lane = tid % 32;
+  const int kv_head = head / (a.n_head / a.n_kv_head);
+  const int n_key = min(seq.kv_len, tile.row + tile_rows + seq.shift);  // seen by some row
+  const T* q = static_cast<const T*>(a.q) + (seq.q0 + tile.row) * a.ldq + head * D;
+  const T* k = static_cast<const T*>(a.k) + seq.kv0 * a.ldk + kv_head * D;
+  const T* v = static_cast<const T*>(a.v) + seq.kv0 * a.ldv + kv_head * D;
+
+  extern __shared__ __align__(128) unsigned char shared[];
+  constexpr uint32_t stage_bytes = 2 * D * key_block;
+  const uint32_t q_shared = shared_address(shared), kv_shared = q_shared + 2 * D * tile_rows;
+  const auto copy_block = [&](int i, int stage) {
+    const uint32_t to = kv_shared + static_cast<uint32_t>(stage) * 2 * stage_bytes;
+    const int first = i * key_block;
+    copy_rows_async<D, key_block, n_thread>(to, k + first * a.ldk, a.ldk, seq.kv_len - first, tid);
+    copy_rows_async<D, key_block, n_thread>(to + stage_bytes, v + first * a.ldv, a.ldv, seq.kv_len - first, tid);
+    cp_async_commit();
+  };
+
+  int i = (n_key + key_block - 1) / key_block - 1, stage = 0;
+  copy_rows_async<D, tile_rows, n_thread>(q_shared, q, a.ldq, n_row, tid);
+  if (i >= 0) copy_block(i, 0);
+  const int warp_row = warp * warp_rows, first_row = tile.row + warp_row;
+  ForwardWarp<T, D, kKeepQ> w(q_shared + static_cast<uint32_t>(warp_row * RowLayout<D>::bytes), scale2, lane);
+  cp_async_wait<0>();
+  __syncthreads();
+  w.load_q();
+  while (i >= 0) {
+    if (i > 0) copy_block(i - 1, stage ^ 1);
+    const int first = i * key_block, seen = min(n_key, first_row + warp_rows + seq.shift) - first;
+    const uint32_t ks = kv_shared + static_cast<uint32_t>(stage) * 2 * stage_bytes, vs = ks + stage_bytes;
+    const int first_hidden = first_row + seq.shift + 1 - first;
+    if (warp_row < n_row && seen > 0) {
+      if (first_hidden >= key_block) w.template step<key_block, false>(ks, vs, 0);
+      else if (seen <= 32) w.template step<32, true>(ks, vs, first_hidden);
+      else w.template step<key_block, true>(ks, vs, first_hidden);
+    }
+    if (i-- == 0) break;
+    stage ^= 1;
+    cp_async_wait<0>();
+    __syncthreads();
+  }
+
+  if (warp_row >= n_row) return;
+  float inverse[4];
+#pragma unroll
+  for (int r = 0; r < 4; r++) {
+    float l = w.l[r];
+    l += __shfl_xor_sync(0xffffffffu, l, 1);
+    l += __shfl_xor_sync(0xffffffffu, l, 2);
+    inverse[r] = 1.0f / l;
+    const int row = warp_row + r * 8 + lane / 4;
+    if (a.lse != nullptr && lane % 4 == 0 && row < n_row)
+      a.lse[static_cast<int64_t>(seq.q0 + tile.row + row) * a.n_head + head] = (w.m[r] + log2f(l)) * ln_2;
+  }
+  T* out = static_cast<T*>(a.out) + (seq.q0 + first_row) * a.ldo + head * D;
+  store_rows<D, 2>(out, a.ldo, n_row - warp_row, shared + warp_row * RowLayout<D>::bytes, lane, w.o, inverse);
+}
+
+template <class T, int D, bool kKeepQ = D <= 96>
+void launch(const Context& ctx, const Attention& a) {
+  const auto kernel = attention_fwd_kernel<T, D, kKeepQ>;
+  static const cudaError_t once =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes<D>);
+  MM_CUDA_CHECK(once);
+  const auto blocks = static_cast<unsigned>(tile_grid(a, tile_rows) * a.n_head);
+  kernel<<<blocks, n_thread, shared_bytes<D>, ctx.stream>>>(a, a.scale * log2_e);
+  MM_CUDA_LAUNCHED();
+}
+
+template <class T>
+void launch_for_width(const Context& ctx, const Attention& a) {
+  switch (a.d_head) {
+    case 32: return launch<T, 32>(ctx, a);
+    case 64: return launch<T, 64>(ctx, a);
+    case 96: return launch<T, 96>(ctx, a);
+    case 128: return launch<T, 128>(ctx, a);
+    default: fail("attention", "d_head is not 32, 64, 96 or 128", __FILE__, __LINE__);
+  }
+}
+
+}  // namespace
+
+void mma_attention_fwd(const Context& ctx, DType t, const Attention& a) {
+  if (tile_grid(a, tile_rows) == 0) return;
+  t == DType::bf16 ? launch_for_width<bf16>(ctx, a) : launch_for_width<f16>(ctx, a);
+}
+
+}  // namespace mm::cuda
