@@ -121,7 +121,7 @@ void GpuStep::pass(const TokenBatch& b, const StepTotals& totals, Activations& a
     launches(acts, head, grads, key);
     return;
   }
-  if (!e.graph) e.graph = cuda::Graph::capture(*dev_.cuda, [&] { launches(acts, head, grads, key); });
+  if (!e.graph) e.graph.emplace(cuda::Graph::capture(*dev_.cuda, [&] { launches(acts, head, grads, key); }));
   e.graph->launch(*dev_.cuda);
 }
 

@@ -75,6 +75,10 @@ __device__ inline Place place_of(const int32_t* tiles, const int32_t* cu, int ti
   return {start, cu[s + 1] - start, tiles[2 * tile + 1]};
 }
 
+// A value that all lanes of a warp share, in a form that lets the compiler keep what follows from it (descriptors) in
+// uniform registers.
+__device__ inline int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+
 template <int D>
 __device__ inline void load_tile(void* dst, const CUtensorMap* map, uint64_t* bar, int row, int head) {
   tma_load_3d(dst, map, bar, 0, row, head * Tile<D>::kBlocks);

@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   uint64_t* const q_full = reinterpret_cast<uint64_t*>(shared + L::kBars);
   uint64_t *const k_full = q_full + 1, *const k_empty = k_full + kStages;
   uint64_t *const v_full = k_empty + kStages, *const v_empty = v_full + kStages;
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const int warp = uniform(static_cast<int>(threadIdx.x) / 32), lane = static_cast<int>(threadIdx.x) % 32;
   if (threadIdx.x == 0) {
     mbarrier_init(q_full, 1);
     for (int s = 0; s < kStages; s++) {

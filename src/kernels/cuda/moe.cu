@@ -218,7 +218,7 @@ __global__ void __launch_bounds__(kThreads) score_sums_kernel(double* partial, c
   }
 }
 
-__global__ void __launch_bounds__(kThreads) balance_kernel(double* aux, double share, float* daux, float aux_scale,
+__global__ void __launch_bounds__(kThreads) balance_kernel(double* aux, float* daux, const float* share,
                                                            const double* partial, int n_block, const int32_t* offset,
                                                            int64_t n, int n_expert, double coef) {
   __shared__ double sums[kWarps];
@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(kThreads) balance_kernel(double* aux, double s
   for (int e = static_cast<int>(threadIdx.x); e < n_expert; e += kThreads) {
     const double load = static_cast<double>(offset[e + 1] - offset[e]) / static_cast<double>(n);
     const double scale = coef * n_expert * load;
-    if (daux != nullptr) daux[e] = aux_scale * static_cast<float>(scale / static_cast<double>(n));
+    if (daux != nullptr) daux[e] = *share * static_cast<float>(scale / static_cast<double>(n));
     if (aux != nullptr) {
       double mean = 0;
       for (int b = 0; b < n_block; b++) mean += partial[static_cast<int64_t>(b) * n_expert + e];
@@ -235,7 +235,7 @@ __global__ void __launch_bounds__(kThreads) balance_kernel(double* aux, double s
   }
   if (aux == nullptr) return;
   loss = block_sum(loss, sums);
-  if (threadIdx.x == 0) *aux += share * loss;
+  if (threadIdx.x == 0) *aux += static_cast<double>(*share) * loss;
 }
 
 // --- combine ------------------------------------------------------------------------------------------------------
@@ -329,7 +329,7 @@ void moe_sort(const Context& ctx, int32_t* slot, int32_t* rows, int32_t* offset,
   MM_CUDA_LAUNCHED();
 }
 
-void moe_balance(const Context& ctx, double* aux, double share, float* daux, float aux_scale, const float* scores,
+void moe_balance(const Context& ctx, double* aux, float* daux, const float* share, const float* scores,
                  const int32_t* offset, int64_t n, int n_expert, double coef) {
   if (n == 0 || (aux == nullptr && daux == nullptr)) return;
   double* partial = nullptr;
@@ -340,7 +340,7 @@ void moe_balance(const Context& ctx, double* aux, double share, float* daux, flo
     score_sums_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, ctx.stream>>>(partial, scores, n, n_expert);
     MM_CUDA_LAUNCHED();
   }
-  balance_kernel<<<1, kThreads, 0, ctx.stream>>>(aux, share, daux, aux_scale, partial, blocks, offset, n, n_expert, coef);
+  balance_kernel<<<1, kThreads, 0, ctx.stream>>>(aux, daux, share, partial, blocks, offset, n, n_expert, coef);
   MM_CUDA_LAUNCHED();
 }
 
