@@ -21,7 +21,7 @@ namespace mm::cuda {
 namespace hopper {
 namespace {
 
-struct BwdParams {
+struct BwdArgs {
   const void* out;
   const void* dout;
   const float* lse;
@@ -35,7 +35,6 @@ struct BwdParams {
   float scale;
 };
 
-constexpr int kRows = 128;     // rows that a block owns
 constexpr int kThreads = 384;  // two warpgroups and the feeding one
 constexpr int kQueries = 64;   // query rows of a stage of dkdv
 
@@ -54,8 +53,6 @@ struct DkdvShared {
 };
 
 #if defined(MM_SM90A)
-
-__device__ inline uint8_t* align_1024(uint8_t* p) { return p + (1024 - smem_address(p) % 1024) % 1024; }
 
 // Sum of a[i] b[i] over one row of D, by the four lanes of a quad.
 template <class T, int D>
@@ -78,7 +75,7 @@ template <class T, int D, int kKeys, int kStages>
 __global__ void __launch_bounds__(kThreads, 1)
     attention_dq_kernel(const __grid_constant__ CUtensorMap map_q, const __grid_constant__ CUtensorMap map_do,
                         const __grid_constant__ CUtensorMap map_k, const __grid_constant__ CUtensorMap map_v,
-                        const BwdParams p) {
+                        const BwdArgs p) {
 #if defined(MM_SM90A)
   using L = DqShared<D, kKeys, kStages>;
   const int tile = static_cast<int>(blockIdx.x) / p.n_head, head = static_cast<int>(blockIdx.x) % p.n_head;
@@ -214,7 +211,7 @@ template <class T, int D, int kStages>
 __global__ void __launch_bounds__(kThreads, 1)
     attention_dkdv_kernel(const __grid_constant__ CUtensorMap map_q, const __grid_constant__ CUtensorMap map_do,
                           const __grid_constant__ CUtensorMap map_k, const __grid_constant__ CUtensorMap map_v,
-                          const BwdParams p) {
+                          const BwdArgs p) {
 #if defined(MM_SM90A)
   using L = DkdvShared<D, kStages>;
   const int tile = static_cast<int>(blockIdx.x) / p.n_kv_head, kv_head = static_cast<int>(blockIdx.x) % p.n_kv_head;
@@ -385,9 +382,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 #endif
 }
 
-BwdParams params_of(const Context& ctx, const AttentionBwd& b) {
+BwdArgs params_of(const Context& ctx, const AttentionBwd& b) {
   const Attention& a = b.fwd;
-  BwdParams p;
+  BwdArgs p;
   p.out = a.out, p.dout = b.dout, p.lse = a.lse, p.delta = static_cast<float*>(ctx.scratch);
   p.dq = b.dq, p.dk = b.dk, p.dv = b.dv;
   p.cu = a.cu, p.tiles = a.tiles, p.n_tiles = a.n_tiles;

@@ -13,6 +13,7 @@
 
 namespace mm::cuda::hopper {
 
+constexpr int kRows = 128;  // rows that a block owns: the tiles of the list
 constexpr float kLog2e = 1.4426950408889634f;
 
 template <int D>
@@ -64,6 +65,10 @@ CUtensorMap tile_map(DType t, const void* x, int64_t ld, int64_t n_rows, int n_h
 inline bool tma_readable(const void* x, int64_t ld) { return reinterpret_cast<uintptr_t>(x) % 16 == 0 && ld % 8 == 0; }
 
 // --- device -------------------------------------------------------------------------------------------------------
+// A value that all lanes of a warp share, in a form that lets the compiler keep what follows from it (descriptors) in
+// uniform registers.
+__device__ inline int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+
 // Where a tile of query rows lies.
 struct Place {
   int start;  // row of the sequence's first token
@@ -72,12 +77,10 @@ struct Place {
 };
 __device__ inline Place place_of(const int32_t* tiles, const int32_t* cu, int tile) {
   const int s = tiles[2 * tile], start = cu[s];
-  return {start, cu[s + 1] - start, tiles[2 * tile + 1]};
+  return {uniform(start), uniform(cu[s + 1] - start), uniform(tiles[2 * tile + 1])};
 }
 
-// A value that all lanes of a warp share, in a form that lets the compiler keep what follows from it (descriptors) in
-// uniform registers.
-__device__ inline int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+__device__ inline uint8_t* align_1024(uint8_t* p) { return p + (1024 - smem_address(p) % 1024) % 1024; }
 
 template <int D>
 __device__ inline void load_tile(void* dst, const CUtensorMap* map, uint64_t* bar, int row, int head) {
@@ -165,5 +168,21 @@ __device__ inline void product_pb(float (&acc)[D / 2], const uint32_t (&p)[K / 4
 }
 
 #endif
+
+// --- backward ----------------------------------------------------------------------------------------------------
+constexpr int kBwdThreads = 384;  // two warpgroups and the feeding one
+
+struct BwdParams {
+  const float* lse;
+  float* delta;   // [n_tok, n_head]
+  int* counters;  // [2] items that the blocks of dq, of dkdv have taken beyond their first
+  void *dq, *dk, *dv;
+  const int32_t* cu;
+  const int32_t* tiles;
+  const int32_t* n_tiles;
+  int64_t lddq, lddk, lddv;
+  int n_head, n_kv_head, group;
+  float scale;
+};
 
 }  // namespace mm::cuda::hopper

@@ -2,7 +2,7 @@
 // sequences, keys = the queries' rows, bf16 in and out, fp32 sums.
 //
 // A block owns 128 query rows of one head: two warpgroups of 64 rows. K and V come through TMA into a ring of stages,
-// from the diagonal back to key 0, asked for by one thread of the second warpgroup (it has the longer rows). There is
+// from the diagonal back to key 0, asked for by one warp of the second warpgroup (it has the longer rows). There is
 // no warp of its own for that: a ninth warp would take a warpgroup's share of the register file.
 //
 //            keys ->                       issuer:      q, then k, v of tile n-1, n-2, ..., 0
@@ -34,9 +34,8 @@ struct FwdParams {
   float scale;
 };
 
-constexpr int kRows = 128;     // query rows of a block
 constexpr int kThreads = 256;  // two warpgroups
-constexpr int kIssuer = 128;   // the thread that asks for copies
+constexpr int kIssuer = 4;     // the warp that asks for copies
 
 template <int D, int kKeys, int kStages>
 struct FwdShared {
@@ -98,7 +97,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   const int tile = static_cast<int>(blockIdx.x) / p.n_head, head = static_cast<int>(blockIdx.x) % p.n_head;
   if (tile >= *p.n_tiles) return;
   extern __shared__ uint8_t raw[];
-  uint8_t* const shared = raw + (1024 - smem_address(raw) % 1024) % 1024;
+  uint8_t* const shared = align_1024(raw);
   uint64_t* const q_full = reinterpret_cast<uint64_t*>(shared + L::kBars);
   uint64_t *const k_full = q_full + 1, *const k_empty = k_full + kStages;
   uint64_t *const v_full = k_empty + kStages, *const v_empty = v_full + kStages;
@@ -128,24 +127,22 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     mbarrier_arrive_expect(v_full + st, L::kKv);
     load_tile<D>(shared + L::kV + st * L::kKv, &map_v, v_full + st, at.start + (n_key_tiles - 1 - i) * kKeys, kv_head);
   };
-  if (threadIdx.x == kIssuer) {
+  if (warp == kIssuer && lane == 0) {
     mbarrier_arrive_expect(q_full, L::kQ);
     load_tile<D>(shared, &map_q, q_full, at.start + at.row, head);
     for (int i = 0; i < min(kStages, n_key_tiles); i++) load_k(i), load_v(i);
   }
   // At the start of step i: refills the stages of K that step i - 1 and of V that step i - 2 read.
   const auto refill = [&](int i) {
-    if (threadIdx.x == kIssuer) {
-      if (i >= 1 && i - 1 + kStages < n_key_tiles) {
-        mbarrier_wait(k_empty + (i - 1) % kStages, (i - 1) / kStages & 1);
-        load_k(i - 1 + kStages);
-      }
-      if (i >= 2 && i - 2 + kStages < n_key_tiles) {
-        mbarrier_wait(v_empty + (i - 2) % kStages, (i - 2) / kStages & 1);
-        load_v(i - 2 + kStages);
-      }
+    if (warp != kIssuer) return;  // the whole warp waits, so that its control flow stays uniform
+    if (i >= 1 && i - 1 + kStages < n_key_tiles) {
+      mbarrier_wait(k_empty + (i - 1) % kStages, (i - 1) / kStages & 1);
+      if (lane == 0) load_k(i - 1 + kStages);
     }
-    __syncwarp();
+    if (i >= 2 && i - 2 + kStages < n_key_tiles) {
+      mbarrier_wait(v_empty + (i - 2) % kStages, (i - 2) / kStages & 1);
+      if (lane == 0) load_v(i - 2 + kStages);
+    }
   };
 
   const int group_row = at.row + warp / 4 * 64;          // the warpgroup's first row
