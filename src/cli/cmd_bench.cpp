@@ -4,7 +4,6 @@
 #include "base/error.h"
 #include "base/progress.h"
 #include "cli/command.h"
-#include "kernels/kernel_table.h"
 #include "lab/bench.h"
 
 namespace mm {
@@ -29,7 +28,8 @@ static void print_bench(const ordered_json& r) {
 
 void add_bench_command(CLI::App& app, Globals& globals) {
   struct Flags {
-    std::string preset = "minimind2-small", dtype = "f32";
+    std::string preset = "minimind2-small", recompute = "cheap";
+    DeviceOptions device;
     TrainBenchOptions bench;
   };
   const auto f = std::make_shared<Flags>();
@@ -43,14 +43,17 @@ void add_bench_command(CLI::App& app, Globals& globals) {
   c->add_option("--batch-size", f->bench.batch_size, "Sequences")->check(CLI::Range(1, 1 << 16));
   c->add_option("--seq-len", f->bench.seq_len, "Tokens a sequence")->check(CLI::Range(2, 1 << 20));
   c->add_option("--steps", f->bench.steps, "Timed steps (the median counts)")->check(CLI::Range(1, 100000));
-  c->add_option("--dtype", f->dtype, "Operands of matrix products")->check(CLI::IsMember({"f32", "bf16"}));
+  c->add_option("--recompute", f->recompute, "none, cheap or ffn, see pretrain")
+      ->check(CLI::IsMember({"none", "cheap", "ffn"}));
+  c->add_option("--pass-tokens", f->bench.pass_tokens, "GPU: tokens of a forward pass at most, see pretrain")
+      ->check(CLI::NonNegativeNumber);
+  add_device_flags(c, f->device, /*naive=*/true);
   add_common_flags(c, globals);
   c->callback([f, &globals] {
     f->bench.config = load_config(f->preset);
-    f->bench.device.matmul = dtype_from_name(f->dtype);
-    if (f->bench.device.matmul == DType::bf16 && !matmul_bf16_available()) {
-      throw Error("--dtype", "f32 on this processor", "bf16", "bf16 products need AVX-512 BF16");
-    }
+    const OpenDevice open(f->device);
+    f->bench.device = open.device;
+    f->bench.recompute = recompute_from_name(f->recompute);
     const ordered_json r = bench_train(f->bench);
     if (globals.json) print_result(globals, r);
     else print_bench(r);

@@ -22,6 +22,7 @@ struct ChatFlags {
   bool think = false, no_empty_think = false;
   int64_t max_new_tokens = 1024, context = 0;
   SamplingParams sampling;
+  DeviceOptions device;
 };
 
 static constexpr const char* kHelp =
@@ -199,15 +200,19 @@ void add_chat_command(CLI::App& app, Globals& globals) {
                    "Tokens of the conversation at most (0: the model's limit, at most 8192)")
       ->check(CLI::NonNegativeNumber);
   add_sampling_flags(command, flags->sampling);
+  add_device_flags(command, flags->device);
   add_common_flags(command, globals);
   command->callback([flags, &globals] {
     check_sampling(flags->sampling);
+    const OpenDevice open(flags->device);
     const auto model = Model::load(flags->model);
     const Tokenizer tokenizer = Tokenizer::load(flags->model);
     const int64_t limit = model->config.max_position_embeddings;
     Generator generator(
         *model, tokenizer,
-        {.context = flags->context > 0 ? flags->context : std::min<int64_t>(limit, 8192), .reuse_prefix = true});
+        {.context = flags->context > 0 ? flags->context : std::min<int64_t>(limit, 8192),
+         .reuse_prefix = true,
+         .device = open.device});
     Chat chat(globals, *flags, generator, tokenizer);
     if (!chat.run()) throw CLI::RuntimeError(2);
   });

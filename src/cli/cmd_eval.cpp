@@ -10,6 +10,7 @@ struct PplFlags {
   std::vector<std::string> data;
   bool no_empty_think = false;
   PerplexityOptions options;
+  DeviceOptions device;
 };
 
 void add_eval_commands(CLI::App& app, Globals& globals) {
@@ -22,9 +23,12 @@ void add_eval_commands(CLI::App& app, Globals& globals) {
   ppl->add_option("--max-len", flags->options.max_len, "Tokens a row at most; longer rows are cut");
   ppl->add_flag("--no-empty-think", flags->no_empty_think, "Remove empty <think></think> from conversations");
   ppl->add_option("--batch-tokens", flags->options.batch_tokens, "Tokens a pass (speed and memory only)");
+  add_device_flags(ppl, flags->device);
   add_common_flags(ppl, globals);
   ppl->callback([flags, &globals] {
     flags->options.keep_empty_think = !flags->no_empty_think;
+    const OpenDevice open(flags->device);
+    flags->options.device = open.device;
     const auto model = Model::load(flags->model);
     const Perplexity p = perplexity(*model, Tokenizer::load(flags->model), flags->data, flags->options);
     print_result(globals, {{"nll", p.nll},

@@ -19,6 +19,7 @@ struct GenerateFlags {
   bool think = false, no_empty_think = false, no_bos = false, ignore_eos = false;
   int64_t samples = 1, prefill_chunk = 256;
   GenerateRequest request;
+  DeviceOptions device;
 };
 
 static std::vector<int32_t> prompt_ids(const GenerateFlags& f, const std::optional<Tokenizer>& tokenizer) {
@@ -66,6 +67,7 @@ static void print_text(std::string_view text) {
 static void generate(const GenerateFlags& f, const Globals& globals) {
   GenerateRequest request = f.request;
   check_sampling(request.sampling);
+  const OpenDevice open(f.device);
   const auto model = Model::load(f.model);
   std::optional<Tokenizer> tokenizer;
   if (file_exists(path_join(f.model, "tokenizer.json"))) tokenizer = Tokenizer::load(f.model);
@@ -86,7 +88,8 @@ static void generate(const GenerateFlags& f, const Globals& globals) {
   const int64_t context = std::min(limit, std::max<int64_t>(n_prompt, 1) + std::min(limit, request.max_new_tokens));
   Generator generator(
       *model, tokenizer,
-      {.max_sequences = std::min<int64_t>(f.samples, 32), .context = context, .prefill_chunk = f.prefill_chunk});
+      {.max_sequences = std::min<int64_t>(f.samples, 32), .context = context, .prefill_chunk = f.prefill_chunk,
+       .device = open.device});
   const bool stream = !globals.json && f.samples == 1;
   const double start = now_seconds();
   const auto results = generator.run(requests, [&](size_t, int32_t, std::string_view text) {
@@ -143,6 +146,7 @@ void add_generate_command(CLI::App& app, Globals& globals) {
   command->add_option("--samples", flags->samples, "Independent answers")->check(CLI::Range(1, 100000));
   command->add_option("--prefill-chunk", flags->prefill_chunk, "Prompt tokens a pass")->check(CLI::Range(1, 1 << 20));
   add_sampling_flags(command, request.sampling);
+  add_device_flags(command, flags->device);
   add_common_flags(command, globals);
   command->callback([flags, &globals] { generate(*flags, globals); });
 }

@@ -101,8 +101,11 @@ void model_info(const InfoFlags& f, const Globals& globals) {
   for (const std::string& s : shape_advice(c)) print_line("  advice    " + s);
 }
 
-void write_logits(const std::string& model_dir, const std::string& input, const std::string& output) {
-  const std::unique_ptr<Model> model = Model::load(model_dir);
+void write_logits(const std::string& model_dir, const std::string& input, const std::string& output,
+                  const DeviceOptions& device) {
+  const OpenDevice open(device);
+  const Device& dev = open.device;
+  std::unique_ptr<Model> model = Model::load(model_dir);
   const SafetensorsFile file = SafetensorsFile::open(input);
   const TensorEntry& ids = file.at("input_ids");
   if (ids.dims.size() != 2 || (ids.dtype() != DType::i64 && ids.dtype() != DType::i32)) {
@@ -110,9 +113,9 @@ void write_logits(const std::string& model_dir, const std::string& input, const 
   }
   const int64_t rows = ids.dims[0], len = ids.dims[1], v = model->config.vocab_size;
   if (rows == 0 || len == 0) throw Error(ids.where(), "at least one token", ids.shape().str());
-  const Device dev;
-  Activations acts(model->config, len, false);
-  LmHead head(model->config);
+  if (dev.on_gpu()) model = model->replica(dev, len);
+  Activations acts(model->config, len, false, dev);
+  LmHead head(model->config, dev);
   Buffer buffer(static_cast<size_t>(rows * len * v) * sizeof(float));
   std::vector<int32_t> all(static_cast<size_t>(len));
   for (int64_t t = 0; t < len; t++) all[static_cast<size_t>(t)] = static_cast<int32_t>(t);
@@ -169,6 +172,7 @@ void add_model_commands(CLI::App& app, Globals& globals) {
 void add_logits_command(CLI::App& app, Globals& globals) {
   struct Flags {
     std::string model, ids, output;
+    DeviceOptions device;
   };
   const auto f = std::make_shared<Flags>();
   CLI::App* c = app.add_subcommand("logits",
@@ -178,9 +182,10 @@ void add_logits_command(CLI::App& app, Globals& globals) {
   c->add_option("--model", f->model, "Model folder")->required();
   c->add_option("--ids", f->ids, "Safetensors file with the tensor input_ids")->required();
   c->add_option("--output", f->output, "Safetensors file to write")->required();
+  add_device_flags(c, f->device);
   add_common_flags(c, globals);
   c->callback([f, &globals] {
-    write_logits(f->model, f->ids, f->output);
+    write_logits(f->model, f->ids, f->output, f->device);
     if (globals.json) print_result(globals, {{"output", f->output}});
   });
 }

@@ -9,7 +9,6 @@
 #include "base/log.h"
 #include "base/progress.h"
 #include "cli/command.h"
-#include "kernels/kernel_table.h"
 #include "train/checkpoint.h"
 #include "train/trainer.h"
 
@@ -23,7 +22,8 @@ struct TrainFlags {
   std::vector<std::string> data, valid;
   double valid_share = 0;
   std::string tokenizer, preset = "minimind-3", init;
-  std::string schedule = "cosine", on_nan = "stop", dtype = "f32", cache;
+  std::string schedule = "cosine", on_nan = "stop", cache, recompute = "cheap";
+  DeviceOptions device;
   bool padded = false, overwrite = false;
   double dropout = -1, empty_think_ratio = 0.2, system_ratio = 0.2, max_bad_share = 0.01;
 };
@@ -80,11 +80,17 @@ void add_run_flags(CLI::App* c, TrainFlags& f) {
       ->check(CLI::NonNegativeNumber)
       ->group("Run");
   c->add_option("--seed", t.seed, "Seed of weights, order and dropout")->group("Run");
-  c->add_option(
-       "--dtype", f.dtype,
-       "Operands of matrix products: f32, or bf16 where the processor has AVX-512 BF16 (weights and sums stay fp32)")
-      ->check(CLI::IsMember({"f32", "bf16"}))
-      ->group("Run");
+  add_device_flags(c, f.device, /*naive=*/true);
+  c->add_option("--recompute", f.recompute,
+                "What backward computes again to save memory: none, cheap (norms, rotations, activations) or ffn "
+                "(the gate and up products too)")
+      ->check(CLI::IsMember({"none", "cheap", "ffn"}))
+      ->group("Device");
+  c->add_option("--pass-tokens", t.pass_tokens,
+                "GPU: tokens of a forward pass at most; a larger batch is computed in parts, with the same result and "
+                "less memory (0: the whole micro-batch)")
+      ->check(CLI::NonNegativeNumber)
+      ->group("Device");
 }
 
 void add_optimizer_flags(CLI::App* c, TrainFlags& f) {
@@ -170,10 +176,9 @@ void run_training(TrainFlags f, const Globals& globals) {
   plan.total_steps = t.max_steps > 0 ? t.max_steps : std::numeric_limits<int64_t>::max();
   check_schedule(plan);
   t.non_finite = non_finite_policy_from_name(f.on_nan);
-  t.device.matmul = dtype_from_name(f.dtype);
-  if (t.device.matmul == DType::bf16 && !matmul_bf16_available()) {
-    throw Error("--dtype", "f32 on this processor", "bf16", "bf16 products need AVX-512 BF16");
-  }
+  const OpenDevice open(f.device);
+  t.device = open.device;
+  t.step.recompute = recompute_from_name(f.recompute);
   const Tokenizer tokenizer = Tokenizer::load(f.tokenizer.empty() ? f.init : f.tokenizer);
   t.loader.pad_id = tokenizer.pad_id();
   if (t.resume) t.checkpoint = find_checkpoint(t.output);

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "base/json.h"
+#include "kernels/open_device.h"
 
 namespace mm {
 
@@ -16,6 +17,9 @@ struct Globals {
 
 // Adds --json, --quiet, --threads and --config FILE.toml to a command that does work.
 void add_common_flags(CLI::App* command, Globals& globals);
+
+// --device, --dtype and, where `naive`, the unfused GPU variants.
+void add_device_flags(CLI::App* command, DeviceOptions& options, bool naive = false);
 
 // Prints `result`: in --json mode as one line, else as aligned "key: value" lines. Flushes; Error if stdout is closed
 // or full.

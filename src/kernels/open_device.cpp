@@ -39,6 +39,14 @@ OpenDevice::OpenDevice(const DeviceOptions& o) {
     throw Error("--dtype", "f32 on this processor", "bf16", "bf16 products need AVX-512 BF16");
 }
 
+size_t kernel_scratch_bytes(const Device& dev) {
+#ifdef MM_CUDA
+  if (dev.on_gpu()) return dev.cuda->ctx.scratch_bytes + cuda::Gemm::workspace_bytes();
+#endif
+  (void)dev;
+  return 0;
+}
+
 OpenDevice::~OpenDevice() = default;
 OpenDevice::OpenDevice(OpenDevice&&) noexcept = default;
 

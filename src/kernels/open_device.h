@@ -15,6 +15,8 @@ struct DeviceOptions {
   bool naive_norm = false, naive_attention = false, naive_ce = false;
 };
 
+size_t kernel_scratch_bytes(const Device& dev);  // GPU memory that the kernels keep beside the tensors they are given
+
 // Owns what `device` points to. Move only.
 class OpenDevice {
  public:

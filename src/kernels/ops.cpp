@@ -435,6 +435,24 @@ void grouped_bwd(const Device& dev, View dx, View dw, View dy, View x, View w, i
 void adamw(const Device& dev, View p, View g, View m, View v, const AdamWArgs& args) {
   MM_CHECK(p.numel() == g.numel() && p.numel() == m.numel() && p.numel() == v.numel() && args.step >= 1);
   const Zone zone(dev.profiler, "adamw", 7.0 * static_cast<double>(p.bytes()), 12.0 * static_cast<double>(p.numel()));
+#ifdef MM_CUDA
+  if (dev.kind == DeviceKind::cuda) {
+    // The kernels read their numbers from the GPU (a graph is replayed with new ones); this form with the caller's
+    // numbers puts them at the end of the scratch memory. The clipping that scales by grad_scale: max_norm / norm.
+    const cuda::Context& ctx = gpu(dev);
+    const cuda::AdamWState state{.lr = static_cast<float>(args.lr),
+                                 .max_norm = args.grad_scale,
+                                 .sum_sq = (1 - 1e-6) * (1 - 1e-6),
+                                 .update_count = static_cast<int32_t>(args.step - 1)};
+    auto* at = reinterpret_cast<cuda::AdamWState*>(static_cast<char*>(ctx.scratch) + ctx.scratch_bytes - 256);
+    copy_async(at, &state, sizeof(state), ctx.stream);
+    cuda::adamw(ctx, DType::f32, nullptr, p.f32(), g.f32(), m.f32(), v.f32(), at,
+                {.beta1 = args.beta1, .beta2 = args.beta2, .eps = args.eps, .weight_decay = args.weight_decay},
+                p.numel());
+    synchronize(ctx.stream);
+    return;
+  }
+#endif
   kernels(dev).adamw(p.f32(), g.f32(), m.f32(), v.f32(), args, p.numel());
 }
 
@@ -462,6 +480,17 @@ void zero(const Device& dev, View x) {
 double sum_sq(const Device& dev, View x) {
   MM_CHECK(x.contiguous());
   const Zone zone(dev.profiler, "sum_sq", moved({x}), 2.0 * static_cast<double>(x.numel()));
+#ifdef MM_CUDA
+  if (dev.kind == DeviceKind::cuda) {
+    const cuda::Context& ctx = gpu(dev);
+    auto* at = reinterpret_cast<double*>(static_cast<char*>(ctx.scratch) + ctx.scratch_bytes - 256);
+    cuda::sum_sq(ctx, at, x.f32(), x.numel());
+    double sum = 0;
+    copy_async(&sum, at, sizeof(sum), ctx.stream);
+    synchronize(ctx.stream);
+    return sum;
+  }
+#endif
   return kernels(dev).sum_sq(x.f32(), x.numel());
 }
 

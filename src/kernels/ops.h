@@ -92,10 +92,10 @@ void grouped_fwd(const Device& dev, View y, View x, View w, int64_t stride, View
 void grouped_bwd(const Device& dev, View dx, View dw, View dy, View x, View w, int64_t stride,
                  View offset);  // dx = dy w_e; dw_e += dy^T x
 
-void adamw(const Device& dev, View p, View g, View m, View v, const AdamWArgs& args);
+void adamw(const Device& dev, View p, View g, View m, View v, const AdamWArgs& args);  // waits on a GPU
 void copy(const Device& dev, View y, View x);  // contiguous, same number of elements
 void cast(const Device& dev, View y, View x);  // GPU: from one type to another
 void zero(const Device& dev, View x);
-double sum_sq(const Device& dev, View x);  // CPU; on a GPU the optimizer's kernels read the sum where it is
+double sum_sq(const Device& dev, View x);  // waits on a GPU
 
 }  // namespace mm::ops

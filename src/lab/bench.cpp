@@ -3,6 +3,7 @@
 #include <sys/resource.h>
 
 #include <algorithm>
+#include <functional>
 
 #include "base/cpu_features.h"
 #include "base/progress.h"
@@ -34,34 +35,50 @@ static TokenBatch random_batch(const TrainBenchOptions& o) {
   return b;
 }
 
+// Seconds a step of each of `rounds` rounds, after warm-up. A GPU is waited for once a round, not once a step: waiting
+// would leave it idle between steps, which training does not.
+static std::vector<double> time_steps(const TrainBenchOptions& o, const Device& dev, Model& model,
+                                      const std::vector<TokenBatch>& batch, int64_t rounds,
+                                      const std::function<void()>& warmed_up) {
+  const int64_t per_round = dev.on_gpu() && dev.profiler == nullptr ? 8 : 1, warm_up = dev.on_gpu() ? 3 : 1;
+  TrainStep step(model, dev,
+                 {.max_tok = o.pass_tokens > 0 ? std::min(o.pass_tokens, batch[0].n_tok()) : batch[0].n_tok(),
+                  .seed = 1,
+                  .recompute = o.recompute});
+  Progress bar("bench train", rounds, "rounds");
+  std::vector<double> seconds;
+  int64_t number = 0;
+  for (int64_t i = -1; i < rounds; i++) {
+    const double t = now_seconds();
+    const int64_t n = i < 0 ? warm_up : per_round;
+    StepResult r;
+    for (int64_t k = 0; k < n; k++) {
+      step.begin(batch, ++number);
+      step.update(1e-4);
+      if (k > 0) r = step.result();  // a step late
+    }
+    r = step.result();
+    if (dev.on_gpu()) synchronize(dev.stream);
+    if (i >= 0) seconds.push_back((now_seconds() - t) / static_cast<double>(n));
+    else warmed_up();  // that step paid for compiling kernels, timing products and first touches of memory
+    bar.set(i + 1, fmt::format("loss {:.4f}", r.loss));
+  }
+  return seconds;
+}
+
 ordered_json bench_train(const TrainBenchOptions& o) {
   const double peak = measure_peak_flops(o.device), bandwidth = measure_bandwidth(o.device);
   const std::unique_ptr<Model> model = Model::random(o.config, 1);
-  Profiler profiler;
+  Profiler profiler(o.device.on_gpu() ? [stream = o.device.stream] { synchronize(stream); } : std::function<void()>());
   Device profiled = o.device;
   profiled.profiler = &profiler;
   const std::vector<TokenBatch> batch{random_batch(o)};
-  std::vector<double> seconds;
   ordered_json ops = ordered_json::array();
-  double profiled_seconds = 0;
-  const auto run = [&](const Device& dev, int64_t steps) {
-    TrainStep step(*model, dev, {.max_tok = batch[0].n_tok(), .seed = 1});
-    Progress bar("bench train", steps, "steps");
-    for (int64_t i = 0; i < steps; i++) {
-      const double t = now_seconds();
-      const StepResult r = step.accumulate(batch, i + 1);
-      step.update(1e-4);
-      if (i > 0) seconds.push_back(now_seconds() - t);
-      bar.set(i + 1, fmt::format("loss {:.4f}", r.loss));
-      if (i == 0) profiler.reset();  // the first step pays for compiling kernels and first touches of memory
-    }
-  };
-  run(o.device, o.steps + 1);
+  size_t device_bytes = 0;
+  std::vector<double> seconds = time_steps(o, o.device, *model, batch, o.steps, [&] { device_bytes = device_bytes_in_use(); });
   std::sort(seconds.begin(), seconds.end());
   const double median = seconds[seconds.size() / 2], fastest = seconds.front();
-  seconds.clear();
-  run(profiled, 2);
-  profiled_seconds = seconds.front();
+  const double profiled_seconds = time_steps(o, profiled, *model, batch, 1, [&] { profiler.reset(); })[0];
   for (const ZoneStats& z : profiler.zones()) {
     ops.push_back({{"op", z.name},
                    {"calls", z.calls},
@@ -80,7 +97,7 @@ ordered_json bench_train(const TrainBenchOptions& o) {
           {"seq_len", o.seq_len},
           {"dtype", dtype_name(o.device.matmul)},
           {"threads", num_threads()},
-          {"processor", cpu_features().model_name},
+          {"processor", o.device.on_gpu() ? cuda_status().name : cpu_features().model_name},
           {"isa", isa_name(selected_isa())},
           {"parameters", param_count(o.config)},
           {"tokens_per_second", tokens / median},
@@ -89,8 +106,12 @@ ordered_json bench_train(const TrainBenchOptions& o) {
           {"share_of_peak", tokens / median * train_flops_per_token(o.config, static_cast<double>(o.seq_len)) / peak},
           {"peak_flops", peak},
           {"bandwidth", bandwidth},
-          {"planned_memory_bytes", training_memory(o.config, batch[0].n_tok()).total()},
-          {"peak_memory_bytes", static_cast<int64_t>(usage.ru_maxrss) * 1024},
+          {"planned_memory_bytes",
+           training_memory(o.config, o.pass_tokens > 0 ? std::min(o.pass_tokens, batch[0].n_tok()) : batch[0].n_tok(),
+                           o.device, o.recompute)
+               .total()},
+          {"peak_memory_bytes",
+           o.device.on_gpu() ? static_cast<int64_t>(device_bytes) : static_cast<int64_t>(usage.ru_maxrss) * 1024},
           {"ops", ops}};
 }
 

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "base/json.h"
+#include "model/activations.h"
 #include "model/config.h"
 #include "tensor/device.h"
 
@@ -12,6 +13,8 @@ namespace mm {
 struct TrainBenchOptions {
   ModelConfig config;
   int64_t batch_size = 4, seq_len = 512, steps = 7;
+  int64_t pass_tokens = 0;  // GPU: see TrainOptions
+  Recompute recompute = Recompute::cheap;
   Device device;
 };
 

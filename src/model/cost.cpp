@@ -1,6 +1,6 @@
 #include "model/cost.h"
 
-#include "model/activations.h"
+#include "kernels/open_device.h"
 #include "model/lm_head.h"
 #include "model/params.h"
 
@@ -22,13 +22,15 @@ double forward_flops_per_token(const ModelConfig& c, double avg_len) {
   return 2 * matrices + 4 * pairs * static_cast<double>(c.q_width() * c.num_hidden_layers);
 }
 
-MemoryPlan training_memory(const ModelConfig& c, int64_t max_tok) {
-  const size_t params = static_cast<size_t>(param_count(c)) * sizeof(float);
-  return {.weights = params,
-          .gradients = params,
-          .optimizer = 2 * params,
-          .activations = Activations::plan_bytes(c, max_tok, true),
-          .lm_head = LmHead::plan_bytes(c)};
+MemoryPlan training_memory(const ModelConfig& c, int64_t max_tok, const Device& dev, Recompute recompute) {
+  const size_t params = static_cast<size_t>(param_count(c)), full = params * sizeof(float);
+  const bool masters = dev.act != DType::f32;
+  return {.weights = params * dtype_size(dev.act),
+          .gradients = full,
+          .optimizer = (masters ? 3 : 2) * full,
+          .activations = Activations::plan_bytes(c, max_tok, true, dev.act, recompute) + BatchStage::gpu_bytes(dev, max_tok),
+          .lm_head = LmHead::plan_bytes(c, dev),
+          .kernels = kernel_scratch_bytes(dev)};
 }
 
 }  // namespace mm

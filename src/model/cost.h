@@ -1,6 +1,7 @@
 // What a model costs: operations a token and bytes of a training run, known before the first step.
 #pragma once
 
+#include "model/activations.h"
 #include "model/config.h"
 
 namespace mm {
@@ -14,10 +15,12 @@ inline double train_flops_per_token(const ModelConfig& config, double avg_len) {
   return 3 * forward_flops_per_token(config, avg_len);
 }
 
+// Of host memory on the CPU, of a GPU's on a GPU (there beside what the driver keeps for itself).
 struct MemoryPlan {
-  size_t weights = 0, gradients = 0, optimizer = 0, activations = 0, lm_head = 0;
-  size_t total() const { return weights + gradients + optimizer + activations + lm_head; }
+  size_t weights = 0, gradients = 0, optimizer = 0, activations = 0, lm_head = 0, kernels = 0;  // kernels: scratch
+  size_t total() const { return weights + gradients + optimizer + activations + lm_head + kernels; }
 };
-MemoryPlan training_memory(const ModelConfig& config, int64_t max_tok);
+MemoryPlan training_memory(const ModelConfig& config, int64_t max_tok, const Device& dev = {},
+                           Recompute recompute = Recompute::cheap);
 
 }  // namespace mm

@@ -9,9 +9,11 @@
 #include "base/fs.h"
 #include "base/json.h"
 #include "formats/safetensors.h"
+#include "kernels/open_device.h"
 #include "kernels/ops.h"
 #include "model/forward.h"
 #include "model/lm_head.h"
+#include "tensor/host_copy.h"
 
 namespace mm {
 namespace {
@@ -53,11 +55,12 @@ TokenBatch padded_batch(const std::vector<int64_t>& ids, const std::vector<int64
 }
 
 // Smallest distance, over tokens and layers, between the scores of the last chosen and the first rejected expert.
-double smallest_routing_gap(const ModelConfig& c, const Activations& acts) {
+double smallest_routing_gap(const Device& dev, const ModelConfig& c, const Activations& acts) {
   double gap = 1;
   for (const LayerActs& a : acts.layers) {
+    const std::vector<float> scores = host_floats(dev, a.scores);
     for (int64_t t = 0; t < a.scores.rows(); t++) {
-      const float* p = a.scores.f32() + t * c.num_experts;
+      const float* p = scores.data() + t * c.num_experts;
       std::vector<float> sorted(p, p + c.num_experts);
       std::sort(sorted.rbegin(), sorted.rend());
       const auto k = static_cast<size_t>(c.num_experts_per_tok);
@@ -90,6 +93,12 @@ struct Case {
   DeviceKind device;
 };
 
+// One session serves all cases on a GPU; fp32, as the CPU.
+const Device& gpu_device() {
+  static const OpenDevice open({.device = "cuda", .dtype = "f32"});
+  return open.device;
+}
+
 class Parity : public testing::TestWithParam<Case> {
  protected:
   void SetUp() override {
@@ -98,6 +107,10 @@ class Parity : public testing::TestWithParam<Case> {
       GTEST_SKIP() << "NOT TESTED: " << dir_ << " is missing (the oracle lies beside the project in ../shared)";
     dev_.kind = GetParam().device;
     model_ = Model::load(dir_);
+    if (dev_.on_gpu()) {
+      dev_ = gpu_device();
+      model_ = model_->replica(dev_, 4096);
+    }
     expected_ = load_json(dir_ + "/expected.json");
   }
   std::string dir_;
@@ -110,8 +123,8 @@ TEST_P(Parity, LogitsLossAndGradients) {
   const SafetensorsFile f = SafetensorsFile::open(dir_ + "/forward.safetensors");
   const TensorEntry& ids = f.at("input_ids");
   const TokenBatch batch = padded_batch(read_ints(ids), read_ints(f.at("labels")), ids.dims[0]);
-  Activations acts(model_->config, batch.n_tok(), true);
-  LmHead head(model_->config);
+  Activations acts(model_->config, batch.n_tok(), true, dev_);
+  LmHead head(model_->config, dev_);
 
   forward(dev_, *model_, batch, acts);
   std::vector<float> logits(static_cast<size_t>(batch.n_tok() * model_->config.vocab_size)), want(logits.size());
@@ -125,7 +138,7 @@ TEST_P(Parity, LogitsLossAndGradients) {
   for (size_t i = 0; i < want.size(); i++) worst = std::max(worst, static_cast<double>(std::abs(logits[i] - want[i])));
   EXPECT_LE(worst, 2e-4) << "logits";
 
-  ParamBuffer grads(model_->config, model_->table);
+  ParamBuffer grads(model_->config, model_->table, DType::f32, dev_.memory());
   const Step s = loss_and_grads(dev_, *model_, batch, acts, head, grads);
   EXPECT_NEAR(s.loss, expected_["loss"].get<double>(), 1e-4 * expected_["loss"].get<double>());
   EXPECT_NEAR(s.aux, expected_["aux_loss"].get<double>(), 1e-6);
@@ -136,7 +149,7 @@ TEST_P(Parity, LogitsLossAndGradients) {
   for (const ParamSpec& spec : model_->table.specs()) {
     std::vector<float> w(static_cast<size_t>(spec.shape.numel()));
     g.at(spec.hf_name, spec.shape).read_floats(View(w.data(), DType::f32, spec.shape));
-    const float* have = grads.view(spec).f32();
+    const std::vector<float> have = host_floats(dev_, grads.view(spec));
     double diff = 0, norm = 0;
     for (size_t i = 0; i < w.size(); i++) {
       diff += std::pow(static_cast<double>(have[i]) - w[i], 2);
@@ -150,9 +163,9 @@ TEST_P(Parity, GreedyTokens) {
   const ordered_json& greedy = expected_["greedy"];
   auto ids = greedy["prompt"].get<std::vector<int32_t>>();
   const auto tokens = greedy["tokens"].get<std::vector<int32_t>>();
-  KvCache cache(model_->config, 1, static_cast<int64_t>(ids.size() + tokens.size()));
-  Activations acts(model_->config, static_cast<int64_t>(ids.size()), false);
-  LmHead head(model_->config);
+  KvCache cache(model_->config, 1, static_cast<int64_t>(ids.size() + tokens.size()), dev_);
+  Activations acts(model_->config, static_cast<int64_t>(ids.size()), false, dev_);
+  LmHead head(model_->config, dev_);
   std::vector<float> logits(static_cast<size_t>(model_->config.vocab_size));
   for (const int32_t want : tokens) {
     TokenBatch batch;
@@ -173,16 +186,17 @@ TEST_P(Parity, AdamWCurve) {
   const TensorEntry& t = f.entries()[0];
   const std::vector<int64_t> tokens = read_ints(t);
   const int64_t steps = t.dims[0], rows = t.dims[1], per_step = t.dims[1] * t.dims[2];
-  ParamBuffer grads(model_->config, model_->table), m(model_->config, model_->table), v(model_->config, model_->table);
-  Activations acts(model_->config, per_step, true);
-  LmHead head(model_->config);
+  const auto buffer = [&] { return ParamBuffer(model_->config, model_->table, DType::f32, dev_.memory()); };
+  ParamBuffer grads = buffer(), m = buffer(), v = buffer();
+  Activations acts(model_->config, per_step, true, dev_);
+  LmHead head(model_->config, dev_);
   // The oracle's curves were made without zeroing the gradients of the forward case first; ours say that they were not.
   const bool carried = !train.contains("carried_gradients");
   if (carried) {
     const SafetensorsFile first = SafetensorsFile::open(dir_ + "/forward.safetensors");
     const TensorEntry& ids = first.at("input_ids");
     const TokenBatch batch = padded_batch(read_ints(ids), read_ints(first.at("labels")), ids.dims[0]);
-    Activations once(model_->config, batch.n_tok(), true);
+    Activations once(model_->config, batch.n_tok(), true, dev_);
     loss_and_grads(dev_, *model_, batch, once, head, grads);
   }
   // A token whose two best experts are closer than fp32 rounding (here 7e-7 at step 18 and 3e-6 at step 27 of moe_top1,
@@ -197,7 +211,7 @@ TEST_P(Parity, AdamWCurve) {
     const auto i = static_cast<size_t>(step - 1);
     const double want = train["loss"][i].get<double>(), norm = std::sqrt(ops::sum_sq(dev_, grads.flat()));
     if (model_->config.is_moe() && dev_.kind != DeviceKind::ref)
-      tied = tied || smallest_routing_gap(model_->config, acts) < 4e-6;
+      tied = tied || smallest_routing_gap(dev_, model_->config, acts) < 4e-6;
     EXPECT_NEAR(s.loss, want, (tied ? 1e-3 : 1e-4) * want) << "step " << step;
     EXPECT_NEAR(s.aux, train["aux_loss"][i].get<double>(), 1e-5) << "step " << step;
     const double want_norm = train["grad_norm_before_clip"][i].get<double>();
@@ -213,10 +227,11 @@ TEST_P(Parity, AdamWCurve) {
   const SafetensorsFile final_weights = SafetensorsFile::open(dir_ + "/train_final.safetensors");
   for (const ParamSpec& spec : model_->table.specs()) {
     std::vector<float> w(static_cast<size_t>(spec.shape.numel()));
+    const std::vector<float> have = host_floats(dev_, model_->weights.view(spec));
     final_weights.at(spec.hf_name, spec.shape).read_floats(View(w.data(), DType::f32, spec.shape));
     double diff = 0, sum = 0;
     for (size_t i = 0; i < w.size(); i++) {
-      diff += std::pow(static_cast<double>(model_->weights.view(spec).f32()[i]) - w[i], 2);
+      diff += std::pow(static_cast<double>(have[i]) - w[i], 2);
       sum += std::pow(static_cast<double>(w[i]), 2);
     }
     EXPECT_LE(std::sqrt(diff), (tied ? 1e-2 : 2e-3) * std::sqrt(sum)) << spec.hf_name;
@@ -229,6 +244,11 @@ std::vector<Case> cases() {
     for (const char* name : {"qwen3", "llama", "moe_top1", "moe_top2", "yarn"})
       out.push_back({dir, name, DeviceKind::cpu});
   }
+  for (const std::string& dir : {golden_dir, oracle_dir}) {
+    for (const char* name : {"qwen3", "llama", "moe_top1", "moe_top2", "yarn"}) {
+      if (cuda_status().usable) out.push_back({dir, name, DeviceKind::cuda});
+    }
+  }
   for (const char* name : {"qwen3", "moe_top2"}) out.push_back({golden_dir, name, DeviceKind::ref});
   out.push_back({oracle_dir, "moe_top1", DeviceKind::ref});
   return out;
@@ -237,7 +257,7 @@ std::vector<Case> cases() {
 INSTANTIATE_TEST_SUITE_P(PyTorch, Parity, testing::ValuesIn(cases()), [](const auto& test) {
   const Case& c = test.param;
   return std::string(c.dir == golden_dir ? "golden_" : "oracle_") + c.name +
-         (c.device == DeviceKind::ref ? "_ref" : "");
+         (c.device == DeviceKind::ref ? "_ref" : c.device == DeviceKind::cuda ? "_cuda" : "");
 });
 
 }  // namespace

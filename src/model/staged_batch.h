@@ -35,6 +35,7 @@ class BatchStage {
   // to a few sizes with sequences that nothing looks at, so that few graphs serve all batches.
   const StagedBatch& stage(const Device& dev, const TokenBatch& batch, const KvCache* cache,
                            std::span<const float> g = {}, float share = 1.0f, bool bucketed = false);
+  static size_t gpu_bytes(const Device& dev, int64_t max_tok) { return dev.on_gpu() ? layout(max_tok).end : 0; }
   const StagedBatch& current() const { return staged_; }
 
  private:

@@ -26,11 +26,15 @@ std::vector<ZoneStats> Profiler::zones() const {
 
 Zone::Zone(Profiler* profiler, const char* name, double bytes, double flops)
     : profiler_(profiler), name_(name), bytes_(bytes), flops_(flops) {
-  if (profiler_ != nullptr) start_ = now_seconds();
+  if (profiler_ == nullptr) return;
+  profiler_->wait();
+  start_ = now_seconds();
 }
 
 Zone::~Zone() {
-  if (profiler_ != nullptr) profiler_->add(name_, now_seconds() - start_, bytes_, flops_);
+  if (profiler_ == nullptr) return;
+  profiler_->wait();
+  profiler_->add(name_, now_seconds() - start_, bytes_, flops_);
 }
 
 }  // namespace mm

@@ -2,9 +2,11 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 namespace mm {
@@ -18,11 +20,17 @@ struct ZoneStats {
 // Not thread safe: ops are issued by one thread.
 class Profiler {
  public:
+  // Work that is asynchronous (a GPU's) is waited for at both ends of a zone with this.
+  explicit Profiler(std::function<void()> wait = nullptr) : wait_(std::move(wait)) {}
+  void wait() const {
+    if (wait_) wait_();
+  }
   void add(std::string_view name, double seconds, double bytes, double flops);
   void reset() { zones_.clear(); }
   std::vector<ZoneStats> zones() const;  // longest first
 
  private:
+  std::function<void()> wait_;
   std::map<std::string, ZoneStats, std::less<>> zones_;
 };
 

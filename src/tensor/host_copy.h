@@ -10,4 +10,6 @@ namespace mm {
 
 std::vector<float> host_floats(const Device& dev, const View& v);  // v dense, f32, bf16 or f16; waits on a GPU
 
+void copy_from_host(const Device& dev, const View& to, const std::vector<float>& from);  // rounds to `to`'s type; waits
+
 }  // namespace mm

@@ -2,6 +2,8 @@
 
 #include <sys/mman.h>
 
+#include <atomic>
+
 #include "base/error.h"
 #include "base/progress.h"
 
@@ -10,6 +12,9 @@
 #endif
 
 namespace mm {
+
+static std::atomic<size_t> g_device_bytes{0};
+size_t device_bytes_in_use() { return g_device_bytes; }
 
 static void* map_host(size_t bytes) {
   void* p = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -72,12 +77,13 @@ void* allocate(size_t bytes, Memory where) {
   }
   require(e, "allocation");
   require(cudaMemset(p, 0, bytes), "memset");
+  if (where == Memory::cuda) g_device_bytes += bytes;
   return p;
 }
 
 void release(void* p, size_t bytes, Memory where) noexcept {
   if (where == Memory::host) ::munmap(p, bytes);
-  else if (where == Memory::cuda) (void)cudaFree(p);
+  else if (where == Memory::cuda) (void)cudaFree(p), g_device_bytes -= bytes;
   else (void)cudaFreeHost(p);
 }
 

@@ -19,7 +19,8 @@ struct CudaStatus {
   size_t total_bytes = 0;
 };
 const CudaStatus& cuda_status();
-size_t cuda_free_bytes();  // now; 0 without a GPU
+size_t cuda_free_bytes();      // now; 0 without a GPU
+size_t device_bytes_in_use();  // allocated here as Memory::cuda and not released
 
 void* allocate(size_t bytes, Memory where);  // zeroed; Error with what was asked and what is free
 void release(void* p, size_t bytes, Memory where) noexcept;

@@ -26,7 +26,9 @@ NonFinitePolicy non_finite_policy_from_name(const std::string& name) {
 
 namespace {
 
-int64_t peak_memory_bytes() {
+// What the program holds: of the GPU's memory where that is what runs out, all of it since no other program is asked.
+int64_t peak_memory_bytes(const Device& dev) {
+  if (dev.on_gpu()) return static_cast<int64_t>(device_bytes_in_use());
   rusage usage{};
   getrusage(RUSAGE_SELF, &usage);
   return int64_t{usage.ru_maxrss} * 1024;
@@ -129,7 +131,7 @@ class Run {
       result_.share_of_peak = speed * flops / peak;
       bar.rate_units(result_.tokens, "tok");
       bar.set(step, fmt::format("loss {:.4f} lr {:.2e} peak {:.0f}% mem {}", r.loss, lr, 100 * result_.share_of_peak,
-                                human_bytes(static_cast<double>(peak_memory_bytes()))));
+                                human_bytes(static_cast<double>(peak_memory_bytes(o_.device)))));
     };
     while (done_ < total_ && !InterruptGuard::requested()) {
       one_step(report);
@@ -157,7 +159,7 @@ class Run {
     }
     result_.steps = done_;
     result_.skipped = skipped_;
-    result_.peak_memory = peak_memory_bytes();
+    result_.peak_memory = peak_memory_bytes(o_.device);
     return result_;
   }
 
@@ -176,14 +178,15 @@ class Run {
   }
 
   void print_plan() const {
-    const MemoryPlan p = training_memory(model_.config, max_tok());
+    const MemoryPlan p = training_memory(model_.config, max_tok(), o_.device, o_.step.recompute);
     const auto b = [](size_t n) { return human_bytes(static_cast<double>(n)); };
     log_info(
         "{} parameters; {} steps of {} tokens; memory: weights {} + gradients {} + optimizer {} + activations {} + "
-        "head {} = {}",
+        "head {}{} = {}",
         human_count(static_cast<double>(model_.table.numel())), total_,
         o_.accumulation_steps * o_.loader.batch_size * o_.loader.seq_len, b(p.weights), b(p.gradients), b(p.optimizer),
-        b(p.activations), b(p.lm_head), b(p.total()));
+        b(p.activations), b(p.lm_head),
+        p.kernels > 0 ? " + kernels " + b(p.kernels) : "", b(p.total()));
   }
 
   // Begins the next step; reports it, or on a GPU the one before, so that the GPU never waits for the host.

@@ -209,7 +209,9 @@ __global__ void __launch_bounds__(384, 1) hopper_gemm_kernel(const __grid_consta
   const uint32_t base = (smem_address(shared) + 1023) & ~1023u;
   const uint32_t staging = base + kStages * Tile::stage_bytes, full = staging + Tile::staging_bytes,
                  empty = full + 8 * kStages, skew = empty + 8 * kStages;
-  const int group = static_cast<int>(threadIdx.x) / 128, lane = static_cast<int>(threadIdx.x) % 32;
+  // From lane 0, so that the compiler knows these to be the same for the warp (descriptors live in uniform registers).
+  const int warp_id = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0), group = warp_id / 4;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
   const int rank = static_cast<int>(cluster_rank()), cluster = static_cast<int>(blockIdx.x) / 2,
             clusters = static_cast<int>(gridDim.x) / 2;
   const int column_tiles = (p.n + kColumns - 1) / kColumns;
@@ -273,7 +275,7 @@ __global__ void __launch_bounds__(384, 1) hopper_gemm_kernel(const __grid_consta
     __syncwarp();
   } else {
     registers_increase<232>();
-    const int half = group - 1, warp = static_cast<int>(threadIdx.x) / 32 % 4;
+    const int half = group - 1, warp = warp_id % 4;
     constexpr uint32_t kAStep = kAMajor == 0 ? 2 : 128, kBStep = kBMajor == 0 ? 2 : 128;  // 16 of k, in 16 bytes
     const uint64_t a_desc = wgmma_descriptor<128>(base + half * 8192, 8192, 1024),
                    b_desc = wgmma_descriptor<128>(base + Tile::a_bytes, 8192, 1024);
