@@ -1,6 +1,6 @@
 // Embedding. Forward copies rows of the table. Backward adds row t of dout [n, d] to row ids[t] of dtable [n_vocab, d]:
 // many rows go to few places (ids follow Zipf's law) and the order of the sums must not depend on the machine, so the
-// positions are sorted by id (stable radix sort) and summed tile by tile:
+// positions are sorted by id, and summed tile by tile:
 //
 //   sorted  |a a a a b|b b b b b|b c d d e|e f ...     tiles of kTile positions, one block each
 //            run of a: inside a tile, added to dtable by its block
@@ -8,16 +8,18 @@
 //            kernel adds them up, tile after tile, and adds the sum to dtable
 //
 // Every row of dtable is written by one block only. A thread owns 4 columns and loads 8 rows (and the rows of dtable
-// that end there) at once. Ids of -1 sort to the end and are skipped. Bytes: n d sizeof(T) + 2 * 4 d * (different ids)
-// + the sort's few.
-#include <cub/device/device_radix_sort.cuh>
+// that end there) at once. Ids of -1 sort to the end and are skipped.
+//
+// The sort takes two kernels: blocks sort chunks of 4096 positions, then every position finds its rank by binary search
+// in the other chunks. A general radix sort over the device takes 8 launches, 32 us for 24576 ids; this one is
+// quadratic in the number of chunks, which stays below the sums' cost up to millions of tokens. Bytes: n d sizeof(T) +
+// 2 * 4 d * (different ids) + the sort's few.
+#include <cub/block/block_radix_sort.cuh>
 
 #include "kernels/cuda/device_math.cuh"
 
 namespace mm::cuda {
 namespace {
-
-constexpr int kBatch = 8;  // rows in flight a thread
 
 // Row i of out = row ids[i] of the table; zeros for ids below 0.
 template <class T, int V>
@@ -33,32 +35,85 @@ __global__ void __launch_bounds__(256) fwd_kernel(T* out, const T* table, const 
   }
 }
 
-__global__ void iota_kernel(int32_t* out, int64_t n) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i < n) out[i] = static_cast<int32_t>(i);
+// --- sort ---------------------------------------------------------------------------------------------------------
+// A key holds the id above the position within the chunk, so keys differ and any sort of them is stable. Ids of -1
+// become the largest id, which no vocabulary has.
+constexpr int kChunk = 4096, kChunkBits = 12, kSortThreads = 512, kIdBits = 32 - kChunkBits;
+constexpr uint32_t kNoId = (1u << kIdBits) - 1;
+
+__global__ void __launch_bounds__(kSortThreads) sort_chunk_kernel(uint32_t* keys, const int32_t* ids, int n, int bits) {
+  constexpr int kItems = kChunk / kSortThreads;
+  using Sort = cub::BlockRadixSort<uint32_t, kSortThreads, kItems, cub::NullType, 5>;
+  __shared__ typename Sort::TempStorage temp;
+  const int first = blockIdx.x * kChunk, local = threadIdx.x * kItems;
+  uint32_t key[kItems];
+#pragma unroll
+  for (int i = 0; i < kItems; i++) {
+    const int at = first + local + i;
+    key[i] = at < n ? static_cast<uint32_t>(ids[at]) << kChunkBits | static_cast<uint32_t>(local + i) : 0xffffffffu;
+  }
+  Sort(temp).Sort(key, kChunkBits, kChunkBits + bits);
+#pragma unroll
+  for (int i = 0; i < kItems; i += 4)
+    *reinterpret_cast<uint4*>(keys + first + local + i) = make_uint4(key[i], key[i + 1], key[i + 2], key[i + 3]);
 }
 
+// Position of every key in the whole order: its index within its chunk plus the smaller keys of the other chunks (of
+// equal ids, those of earlier chunks).
+__global__ void __launch_bounds__(256) merge_kernel(int32_t* ids, int32_t* order, const uint32_t* keys, int n) {
+  constexpr int kTogether = 4;  // searches in flight
+  const int i = blockIdx.x * 256 + threadIdx.x, chunk = i / kChunk, chunks = static_cast<int>(gridDim.x) * 256 / kChunk;
+  if (i >= n) return;
+  const uint32_t key = keys[i], id = key >> kChunkBits;
+  int rank = i % kChunk;
+  for (int other = 0; other < chunks; other += kTogether) {
+    int below[kTogether] = {};
+    for (int step = kChunk / 2; step > 0; step /= 2) {
+#pragma unroll
+      for (int k = 0; k < kTogether; k++) {
+        const int c = min(other + k, chunks - 1);
+        const uint32_t probe = keys[c * kChunk + below[k] + step - 1] >> kChunkBits;
+        if (c < chunk ? probe <= id : probe < id) below[k] += step;
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kTogether; k++) {
+      const int c = other + k;
+      if (c >= chunks || c == chunk) continue;
+      const uint32_t probe = keys[c * kChunk + below[k]] >> kChunkBits;
+      rank += below[k] + ((c < chunk ? probe <= id : probe < id) ? 1 : 0);
+    }
+  }
+  ids[rank] = id == kNoId ? -1 : static_cast<int32_t>(id);
+  order[rank] = chunk * kChunk + static_cast<int32_t>(key & (kChunk - 1));
+}
+
+// --- sums ---------------------------------------------------------------------------------------------------------
 struct Sorted {
   const int32_t* ids;    // [n] ascending, -1 last
   const int32_t* order;  // [n] positions before the sort
   int n, tile;
 };
 
+constexpr int kNoEnd = -1, kHead = -2, kTail = -3;
+
 // blockDim.x * V columns from blockIdx.y on; blockIdx.x is the tile. `edges` [tiles][2][d]: head and tail.
-template <class T, int V>
+template <class T, int V, int kBatch>
 __global__ void tile_kernel(float* dtable, float* edges, const T* dout, Sorted s, int64_t d) {
-  extern __shared__ int32_t shared[];  // [tile] row of dout, [tile] id where its run ends within the tile, else -1
-  int32_t *rows = shared, *ends = shared + s.tile;
+  extern __shared__ int2 plan[];  // [tile]: row of dout (-1: none); where its sum goes: a row of dtable, kHead, ...
   const int first = blockIdx.x * s.tile, count = min(s.tile, s.n - first);
+  const int32_t before = first > 0 ? s.ids[first - 1] : -1, after = first + count < s.n ? s.ids[first + count] : -1;
   for (int i = threadIdx.x; i < s.tile; i += blockDim.x) {
-    const int at = first + i;
-    const int32_t id = i < count ? s.ids[at] : -1;
-    const bool end = id >= 0 && (i == count - 1 || s.ids[at + 1] != id);
-    rows[i] = id >= 0 ? s.order[at] : -1;
-    ends[i] = end ? id : -1;
+    int2 p = {-1, kNoEnd};
+    if (i < count) {
+      const int32_t id = s.ids[first + i], next = i < count - 1 ? s.ids[first + i + 1] : -1;
+      if (id >= 0) p.x = s.order[first + i];
+      // A run that began before goes to head, whether or not it goes on.
+      if (id >= 0 && next != id) p.y = id == before ? kHead : id == after ? kTail : id;
+    }
+    plan[i] = p;
   }
   __syncthreads();
-  const int32_t before = first > 0 ? s.ids[first - 1] : -1, after = first + count < s.n ? s.ids[first + count] : -1;
   const int64_t c = (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) * V;
   if (c >= d) return;
   float sum[V] = {};
@@ -67,10 +122,9 @@ __global__ void tile_kernel(float* dtable, float* edges, const T* dout, Sorted s
     Raw<float, V> old[kBatch] = {};
 #pragma unroll
     for (int j = 0; j < kBatch; j++) {
-      if (rows[i0 + j] < 0) continue;
-      x[j].load(dout + rows[i0 + j] * d + c);
-      const int32_t id = ends[i0 + j];
-      if (id >= 0 && id != before && id != after) old[j].load(dtable + id * d + c);
+      const int2 p = plan[i0 + j];
+      if (p.x >= 0) x[j].load(dout + p.x * d + c);
+      if (p.y >= 0) old[j].load(dtable + p.y * d + c);
     }
 #pragma unroll
     for (int j = 0; j < kBatch; j++) {
@@ -78,26 +132,20 @@ __global__ void tile_kernel(float* dtable, float* edges, const T* dout, Sorted s
       x[j].get(v);
 #pragma unroll
       for (int k = 0; k < V; k++) sum[k] += v[k];
-      const int32_t id = ends[i0 + j];
-      if (id < 0) continue;
-      if (id == before || id == after) {  // began before: head, whether or not it goes on
-        store(edges + (int64_t{2} * blockIdx.x + (id == before ? 0 : 1)) * d + c, sum);
-      } else {
-        old[j].get(v);
+      const int to = plan[i0 + j].y;
+      if (to == kNoEnd) continue;
+      old[j].get(v);  // zeros for edges
 #pragma unroll
-        for (int k = 0; k < V; k++) v[k] += sum[k];
-        store(dtable + id * d + c, v);
-      }
-#pragma unroll
-      for (int k = 0; k < V; k++) sum[k] = 0;
+      for (int k = 0; k < V; k++) v[k] += sum[k], sum[k] = 0;
+      float* row = to >= 0 ? dtable + to * d : edges + (int64_t{2} * blockIdx.x + (to == kHead ? 0 : 1)) * d;
+      store(row + c, v);
     }
   }
 }
 
 // The run that begins in tile blockIdx.x and goes on in the next: its tail and the heads that follow, in kParts
-// interleaved sums.
-constexpr int kParts = 4;
-template <int V>
+// interleaved sums (blockDim.y).
+template <int V, int kParts>
 __global__ void edge_kernel(float* dtable, const float* edges, Sorted s, int64_t d) {
   extern __shared__ float partial[];  // [kParts][blockDim.x * V]
   const int next = (blockIdx.x + 1) * s.tile, first = blockIdx.x * s.tile;
@@ -135,42 +183,41 @@ __global__ void edge_kernel(float* dtable, const float* edges, Sorted s, int64_t
   store(dtable + id * d + c, v);
 }
 
-// Keys are the ids as unsigned numbers: -1 has all bits set, and `bits` is large enough that this is above every id.
 Sorted sort_ids(const Context& ctx, Scratch& scratch, const int32_t* ids, int64_t n, int64_t n_vocab) {
-  const auto count = static_cast<size_t>(n);
-  auto* keys = scratch.take<uint32_t>(count);
-  auto *order = scratch.take<int32_t>(count), *iota = scratch.take<int32_t>(count);
-  iota_kernel<<<static_cast<unsigned>(div_up(n, 256)), 256, 0, ctx.stream>>>(iota, n);
-  MM_CUDA_LAUNCHED();
   int bits = 1;
   while ((int64_t{1} << bits) - 1 < n_vocab) bits++;
-  size_t bytes = 0;
-  const auto* in = reinterpret_cast<const uint32_t*>(ids);
-  const int items = static_cast<int>(n);
-  MM_CUDA_CHECK(cub::DeviceRadixSort::SortPairs(nullptr, bytes, in, keys, iota, order, items, 0, bits, ctx.stream));
-  void* temp = scratch.take<char>(bytes);
-  MM_CUDA_CHECK(cub::DeviceRadixSort::SortPairs(temp, bytes, in, keys, iota, order, items, 0, bits, ctx.stream));
-  return {reinterpret_cast<const int32_t*>(keys), order, items, 0};
+  if (bits > kIdBits) fail("embedding backward", "more than 2^20 - 1 ids", __FILE__, __LINE__);
+  const auto chunks = static_cast<unsigned>(div_up(n, kChunk));
+  auto *sorted = scratch.take<int32_t>(static_cast<size_t>(n)), *order = scratch.take<int32_t>(static_cast<size_t>(n));
+  auto* keys = scratch.take<uint32_t>(size_t{chunks} * kChunk);
+  const int count = static_cast<int>(n);
+  const unsigned merge_blocks = kChunk / 256 * chunks;
+  sort_chunk_kernel<<<chunks, kSortThreads, 0, ctx.stream>>>(keys, ids, count, bits);
+  MM_CUDA_LAUNCHED();
+  merge_kernel<<<merge_blocks, 256, 0, ctx.stream>>>(sorted, order, keys, count);
+  MM_CUDA_LAUNCHED();
+  return {sorted, order, count, 0};
 }
 
+constexpr int kTile = 32, kBatch = 8, kParts = 2;
+
 template <class T, int V>
-void add_rows(const Context& ctx, Scratch& scratch, float* dtable, const T* dout, Sorted s, int64_t d, int tile) {
-  while (div_up(s.n, tile) * 2 * d * 4 + 256 > static_cast<int64_t>(scratch.left()) && tile < 4096) tile *= 2;
-  s.tile = tile;
-  const auto tiles = static_cast<unsigned>(div_up(s.n, tile));
+void add_rows(const Context& ctx, Scratch& scratch, float* dtable, const T* dout, Sorted s, int64_t d) {
+  s.tile = kTile;
+  while (div_up(s.n, s.tile) * 2 * d * 4 + 256 > static_cast<int64_t>(scratch.left()) && s.tile < 4096) s.tile *= 2;
+  const auto tiles = static_cast<unsigned>(div_up(s.n, s.tile));
   auto* edges = scratch.take<float>(static_cast<size_t>(tiles) * 2 * static_cast<size_t>(d));
   const unsigned threads = static_cast<unsigned>(std::min<int64_t>(256, div_up(div_up(d, V), 32) * 32));
   const auto columns = static_cast<unsigned>(div_up(d, threads * V));
-  tile_kernel<T, V>
-      <<<dim3(tiles, columns), threads, static_cast<size_t>(tile) * 8, ctx.stream>>>(dtable, edges, dout, s, d);
+  tile_kernel<T, V, kBatch>
+      <<<dim3(tiles, columns), threads, static_cast<size_t>(s.tile) * 8, ctx.stream>>>(dtable, edges, dout, s, d);
   MM_CUDA_LAUNCHED();
   if (tiles == 1) return;
-  edge_kernel<V><<<dim3(tiles - 1, columns), dim3(threads, kParts), kParts * threads * V * sizeof(float), ctx.stream>>>(
-      dtable, edges, s, d);
+  edge_kernel<V, kParts>
+      <<<dim3(tiles - 1, columns), dim3(threads, kParts), kParts * threads * V * sizeof(float), ctx.stream>>>(
+          dtable, edges, s, d);
   MM_CUDA_LAUNCHED();
 }
-
-constexpr int kTile = 32;
 
 }  // namespace
 
@@ -198,8 +245,8 @@ void embed_bwd(const Context& ctx, DType t, float* dtable, const void* dout, con
     using T = decltype(tag);
     const auto* x = static_cast<const T*>(dout);
     if (d % 4 == 0 && aligned({dtable}) && aligned({dout}, 4 * sizeof(T)))
-      add_rows<T, 4>(ctx, scratch, dtable, x, s, d, kTile);
-    else add_rows<T, 1>(ctx, scratch, dtable, x, s, d, kTile);
+      add_rows<T, 4>(ctx, scratch, dtable, x, s, d);
+    else add_rows<T, 1>(ctx, scratch, dtable, x, s, d);
   });
 }
 

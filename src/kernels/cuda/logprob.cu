@@ -56,12 +56,20 @@ struct Outputs {
   const int32_t* targets;
 };
 
-template <class T, int P, bool kGrad>
-__global__ void __launch_bounds__(1024) row_kernel(T* logits, Outputs o, int v) {
+template <class T, int P, bool kGrad, bool kHold, int kThreads, int kBlocks>
+__global__ void __launch_bounds__(kThreads, kBlocks) row_kernel(T* logits, Outputs o, int v) {
   __shared__ MaxSum shared[32];
   const int64_t row = blockIdx.x;
-  const int target = o.targets[row], threads = blockDim.x, tid = threadIdx.x;
+  const int threads = blockDim.x, tid = threadIdx.x;
   T* x = logits + row * v;
+  Raw<T, 8> raw[P];
+#pragma unroll
+  for (int p = 0; p < P; p++) {
+    const int c = (p * threads + tid) * 8;
+    if (c < v) raw[p].load(x + c);
+  }
+  const int target = o.targets[row];
+  const float g = kGrad ? o.g[row] : 0.0f;
   if (target < 0) {
     if (tid == 0) o.logp[row] = 0;
     if (tid == 0 && o.lse != nullptr) o.lse[row] = 0;
@@ -69,15 +77,8 @@ __global__ void __launch_bounds__(1024) row_kernel(T* logits, Outputs o, int v) 
     for (int c = tid * 8; kGrad && c < v; c += threads * 8) store(x + c, none);
     return;
   }
-  Raw<T, 8> raw[P];
-#pragma unroll
-  for (int p = 0; p < P; p++) {
-    const int c = (p * threads + tid) * 8;
-    if (c < v) raw[p].load(x + c);
-  }
   const bool owner = tid == target / 8 % threads;  // of the target's logit
   const float x_target = owner ? to_float(x[target]) : 0.0f;
-  const float g = kGrad ? o.g[row] : 0.0f;
   float e[P][8], max = -INFINITY;
 #pragma unroll
   for (int p = 0; p < P; p++) {
@@ -85,6 +86,7 @@ __global__ void __launch_bounds__(1024) row_kernel(T* logits, Outputs o, int v) 
     else {
 #pragma unroll
       for (int i = 0; i < 8; i++) e[p][i] = -INFINITY;
+      if constexpr (!kHold) raw[p].set(e[p]);
     }
 #pragma unroll
     for (int i = 0; i < 8; i++) max = fmaxf(max, e[p][i]);  // a NaN shows in the sum
@@ -94,6 +96,7 @@ __global__ void __launch_bounds__(1024) row_kernel(T* logits, Outputs o, int v) 
   float sum = 0;
 #pragma unroll
   for (int p = 0; p < P; p++) {
+    if constexpr (!kHold) raw[p].forget(), raw[p].get(e[p]);
 #pragma unroll
     for (int i = 0; i < 8; i++) sum += e[p][i] = exp_diff(e[p][i], base);
   }
@@ -102,12 +105,13 @@ __global__ void __launch_bounds__(1024) row_kernel(T* logits, Outputs o, int v) 
   if (tid == 0 && o.lse != nullptr) o.lse[row] = all.max + log_sum;
   if (owner) o.logp[row] = x_target - all.max - log_sum;
   if constexpr (kGrad) {
-    const float inverse = 1.0f / all.sum, scale = -g * (exp_diff(base, all.max) * inverse);
+    const float inverse = 1.0f / all.sum, scale = -g * (kHold ? exp_diff(base, all.max) * inverse : inverse);
 #pragma unroll
     for (int p = 0; p < P; p++) {
       const int c = (p * threads + tid) * 8;
+      if constexpr (!kHold) raw[p].forget(), raw[p].get(e[p]);
 #pragma unroll
-      for (int i = 0; i < 8; i++) e[p][i] *= scale;
+      for (int i = 0; i < 8; i++) e[p][i] = scale * (kHold ? e[p][i] : exp_diff(e[p][i], all.max));
       if (c < v) store(x + c, e[p]);
     }
     if (owner) x[target] = from_float<T>(g * (1.0f - exp_diff(x_target, all.max) * inverse));
@@ -176,15 +180,21 @@ __global__ void __launch_bounds__(256)
   }
 }
 
-constexpr int kPacks = 4;
+template <class T, bool kGrad, int P, bool kHold, int kThreads, int kBlocks>
+void rows_in_registers(const Context& ctx, T* logits, const Outputs& o, int64_t n, int64_t v) {
+  const auto threads = static_cast<unsigned>(div_up(div_up(v, 8 * P), 32) * 32);
+  row_kernel<T, P, kGrad, kHold, kThreads, kBlocks>
+      <<<static_cast<unsigned>(n), threads, 0, ctx.stream>>>(logits, o, static_cast<int>(v));
+}
 
-template <class T, bool kGrad, int P = kPacks>
+template <class T, bool kGrad>
 void rows(const Context& ctx, T* logits, const Outputs& o, int64_t n, int64_t v) {
   const auto blocks = static_cast<unsigned>(n);
   const bool vectors = v % 8 == 0 && aligned({logits});
-  if (vectors && v <= 1024 * 8 * P) {
-    const auto threads = static_cast<unsigned>(div_up(div_up(v, 8 * P), 32) * 32);
-    row_kernel<T, P, kGrad><<<blocks, threads, 0, ctx.stream>>>(logits, o, static_cast<int>(v));
+  if (vectors && v <= 256 * 32) {
+    rows_in_registers<T, kGrad, 4, true, 256, 4>(ctx, logits, o, n, v);
+  } else if (vectors && v <= 1024 * 32) {
+    rows_in_registers<T, kGrad, 4, true, 1024, 1>(ctx, logits, o, n, v);
   } else if (vectors) {
     row_any<T, 8, kGrad><<<blocks, 1024, 0, ctx.stream>>>(logits, o, v);
   } else {

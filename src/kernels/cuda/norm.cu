@@ -25,53 +25,37 @@ constexpr int kWarps = 8;      // of a block whose warps own rows
 constexpr int kWidePacks = 2;  // packs a thread of a block that owns a row
 
 // --- one warp a row -----------------------------------------------------------------------------------------------
-// Each warp takes rows `stride` apart and loads the next one before it works on the current one.
-template <class T, int P, int kBlocks = 1>
-__global__ void __launch_bounds__(kWarps * 32, kBlocks)
+template <class T, int P>
+__global__ void __launch_bounds__(kWarps * 32)
     fwd_warp(T* y, float* rstd, const T* x, const T* w, float eps, int64_t n, int d) {
-  const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * warps;
-  int64_t row = static_cast<int64_t>(blockIdx.x) * warps + threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
   if (row >= n) return;
-  Raw<T, 8> weight[P] = {}, now[P] = {}, next[P] = {};
+  Raw<T, 8> xr[P] = {}, weight[P] = {};
 #pragma unroll
   for (int p = 0; p < P; p++) {
     const int c = (p * 32 + lane) * 8;
-    if (c < d) now[p].load(x + row * d + c), weight[p].load(w + c);
+    if (c < d) xr[p].load(x + row * d + c), weight[p].load(w + c);
   }
-  while (true) {
-    const int64_t next_row = row + stride;
-    if (next_row < n) {
+  float s = 0;
 #pragma unroll
-      for (int p = 0; p < P; p++) {
-        const int c = (p * 32 + lane) * 8;
-        if (c < d) next[p].load(x + next_row * d + c);
-      }
-    }
-    float s = 0;
+  for (int p = 0; p < P; p++) {
+    float v[8];
+    xr[p].get(v);
 #pragma unroll
-    for (int p = 0; p < P; p++) {
-      float v[8];
-      now[p].get(v);
+    for (int i = 0; i < 8; i++) s += v[i] * v[i];
+  }
+  const float r = __frsqrt_rn(warp_sum(s) / static_cast<float>(d) + eps);
+  if (rstd != nullptr && lane == 0) rstd[row] = r;
 #pragma unroll
-      for (int i = 0; i < 8; i++) s += v[i] * v[i];
-    }
-    const float r = __frsqrt_rn(warp_sum(s) / static_cast<float>(d) + eps);
-    if (rstd != nullptr && lane == 0) rstd[row] = r;
+  for (int p = 0; p < P; p++) {
+    const int c = (p * 32 + lane) * 8;
+    float v[8], u[8];
+    xr[p].forget();
+    xr[p].get(v), weight[p].get(u);
 #pragma unroll
-    for (int p = 0; p < P; p++) {
-      const int c = (p * 32 + lane) * 8;
-      float v[8], u[8];
-      now[p].get(v);
-      weight[p].forget();
-      weight[p].get(u);
-#pragma unroll
-      for (int i = 0; i < 8; i++) v[i] = v[i] * r * u[i];
-      if (c < d) store(y + row * d + c, v);
-      now[p] = next[p];
-    }
-    row = next_row;
-    if (row >= n) return;
+    for (int i = 0; i < 8; i++) v[i] = v[i] * r * u[i];
+    if (c < d) store(y + row * d + c, v);
   }
 }
 
@@ -270,26 +254,16 @@ void with_packs(int64_t d, F&& f) {
 unsigned wide_threads(int64_t d) { return static_cast<unsigned>(div_up(div_up(d, 8 * kWidePacks), 32) * 32); }
 unsigned any_threads(int64_t d) { return static_cast<unsigned>(std::min<int64_t>(256, div_up(d, 32) * 32)); }
 
-// Blocks for n rows at one row a warp, as many as the machine holds at `per_sm` blocks each. Few rows: one warp a
-// block, so that they spread over the multiprocessors.
-struct WarpGrid {
-  unsigned blocks, threads;
-};
-WarpGrid warp_grid(const Context& ctx, int64_t n, int per_sm) {
-  if (n <= ctx.n_sm) return {static_cast<unsigned>(n), 32};
-  return {static_cast<unsigned>(std::min<int64_t>(div_up(n, kWarps), int64_t{per_sm} * ctx.n_sm)), kWarps * 32};
-}
-
-constexpr int kFwdBlocksPerSm = 5, kBwdBlocksPerSm = 2;
+constexpr int kBwdBlocksPerSm = 2;
 
 template <class T>
-void fwd(const Context& ctx, T* y, float* rstd, const T* x, const T* w, float eps, int64_t n, int64_t d,
-         int per_sm = kFwdBlocksPerSm) {
+void fwd(const Context& ctx, T* y, float* rstd, const T* x, const T* w, float eps, int64_t n, int64_t d) {
   const bool vectors = d % 8 == 0 && aligned({y, x, w});
   if (vectors && d <= max_warp_width<T>) {
-    const WarpGrid g = warp_grid(ctx, n, per_sm);
+    const int warps = n <= ctx.n_sm ? 1 : kWarps;  // few rows: spread over the multiprocessors
     with_packs<T>(d, [&](auto p) {
-      fwd_warp<T, p.value><<<g.blocks, g.threads, 0, ctx.stream>>>(y, rstd, x, w, eps, n, static_cast<int>(d));
+      fwd_warp<T, p.value><<<static_cast<unsigned>(div_up(n, warps)), warps * 32, 0, ctx.stream>>>(
+          y, rstd, x, w, eps, n, static_cast<int>(d));
     });
   } else if (vectors && d <= kMaxBlockWidth) {
     fwd_block<T><<<static_cast<unsigned>(n), wide_threads(d), 0, ctx.stream>>>(y, rstd, x, w, eps, static_cast<int>(d));

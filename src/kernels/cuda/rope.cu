@@ -1,14 +1,14 @@
 // RMSNorm of every head (optional) and rotary embedding, forward and backward:
 //   u = x rstd w (or x),  y[i] = u[i] cos - u[i + half] sin,  y[i + half] = u[i + half] cos + u[i] sin.
 //
-// Memory-bound. G lanes own a head (G: power of two, 8 pairs a lane), 32 / G heads lie side by side in a warp and each
-// lane group takes kHeads heads of the same token, so that cos and sin are loaded once for all of them and all loads
-// are in flight together. With 8 + 4 + 4 heads of 96 (G = 8, two lanes of eight idle):
+// Memory-bound. G lanes own a head of a token, 8 pairs a lane; the heads of all tokens are dealt out to the lane groups
+// one after the other, so that no lanes idle where a token has an odd number of heads (G = 6 for heads of 96: 30 of
+// 32):
 //
-//   qkv of a token  |q0 q1 q2 q3|q4 q5 q6 q7|k0 k1 k2 k3|v0 v1 v2 v3|    one warp; group g: q_g, q_4+g, k_g, v_g
-//   one head        |lane 0: 0..7|1: 8..15|..|5: 40..47|     |lane 0: 48..55|1: 56..63|..|      lane c: both halves
+//   one head of 96   |lane 0: 0..7|1: 8..15|..|5: 40..47|lane 0: 48..55|1: 56..63|..|5: 88..95|
+//   warp 0           token 0: q0 q1 q2 q3 q4,  warp 1: q5 q6 q7 k0 k1,  warp 2: k2 k3 v0 v1 v2,  ...
 //
-// Backward works in place, so it walks the tokens with a grid that fits the machine at once; some blocks take the heads
+// Backward works in place, so it walks the heads with a grid that fits the machine at once; some blocks take the heads
 // of the queries, the others those of the keys. Each lane sums the weights' gradients of its columns, blocks leave a
 // row of partial sums each. Head widths or addresses that do not allow 16-byte accesses take one warp a head and plain
 // loops.
@@ -55,50 +55,64 @@ __device__ __forceinline__ T* head_out(const FwdArgs<T>& a, const RopeShape& s, 
   return a.v_out + row * a.ldv + static_cast<int64_t>(h - s.n_head - s.n_kv_head) * s.d_head;
 }
 
+// Sum over the G lanes of a group, the same bits in each of them. first: the group's first lane.
+template <int G>
+__device__ __forceinline__ float group_sum(float x, int first) {
+  if constexpr ((G & (G - 1)) == 0) return warp_sum<G>(x);
+  float sum = __shfl_sync(0xffffffffu, x, first);
+#pragma unroll
+  for (int i = 1; i < G; i++) sum += __shfl_sync(0xffffffffu, x, first + i);
+  return sum;
+}
+
 // --- forward ------------------------------------------------------------------------------------------------------
-// A warp works on one token's heads [part * kHeads * 32 / G, ...).
-template <class T, int G, int kHeads>
-__global__ void __launch_bounds__(kWarps * 32) fwd_kernel(FwdArgs<T> a, RopeShape s, int parts) {
+// `heads` of a token: queries, keys and, when they are copied, values. Each group takes U of them.
+template <class T, int G, int U, int kBlocks>
+__global__ void __launch_bounds__(kWarps * 32, kBlocks) fwd_kernel(FwdArgs<T> a, RopeShape s, unsigned heads) {
   constexpr int kGroups = 32 / G;
-  const int lane = threadIdx.x % 32, group = lane / G, half = s.d_head / 2, c = lane % G * 8;
-  const int64_t item = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
-  const int64_t t = item / parts;
-  if (t >= s.n) return;
-  const int head0 = static_cast<int>(item % parts) * kHeads * kGroups + group, rotated = s.n_head + s.n_kv_head,
-            heads = rotated + (a.v_out != nullptr ? s.n_kv_head : 0);
-  const bool active = c < half;
-  const T* x = a.qkv + t * (rotated + s.n_kv_head) * s.d_head + c;
-  Raw<T, 8> lo[kHeads] = {}, hi[kHeads] = {};
+  const int lane = threadIdx.x % 32, group = lane / G, half = s.d_head / 2, c = (lane - group * G) * 8,
+            rotated = s.n_head + s.n_kv_head;
+  const unsigned items = static_cast<unsigned>(s.n) * heads;
+  const unsigned first = (blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32) * (kGroups * U) + group;
+  unsigned token[U];
+  int head[U];
+  bool on[U];
+  Raw<T, 8> lo[U] = {}, hi[U] = {};
 #pragma unroll
-  for (int j = 0; j < kHeads; j++) {
-    const int h = head0 + j * kGroups;
-    if (active && h < heads) lo[j].load(x + h * s.d_head), hi[j].load(x + h * s.d_head + half);
-  }
-  float cos[8] = {}, sin[8] = {};
-  if (active) {
-    const int64_t at = static_cast<int64_t>(s.positions[t]) * half + c;
-    load(cos, s.cos + at), load(sin, s.sin + at);
+  for (int j = 0; j < U; j++) {
+    const unsigned item = first + j * kGroups;
+    on[j] = group < kGroups && c < half && item < items;
+    token[j] = item / heads, head[j] = static_cast<int>(item - token[j] * heads);
+    if (!on[j]) continue;
+    const T* x = a.qkv + (static_cast<int64_t>(token[j]) * (rotated + s.n_kv_head) + head[j]) * s.d_head + c;
+    lo[j].load(x), hi[j].load(x + half);
   }
 #pragma unroll
-  for (int j = 0; j < kHeads; j++) {
-    const int h = head0 + j * kGroups;
-    float u[8], v[8];
+  for (int j = 0; j < U; j++) {
+    const bool turns = on[j] && head[j] < rotated;
+    const T* w = head[j] < s.n_head ? a.q_weight : a.k_weight;
+    float cos[8] = {}, sin[8] = {};
+    Raw<T, 8> w_lo = {}, w_hi = {};
+    if (turns) {
+      const int64_t at = static_cast<int64_t>(s.positions[token[j]]) * half + c;
+      load(cos, s.cos + at), load(sin, s.sin + at);
+      if (w != nullptr) w_lo.load(w + c), w_hi.load(w + c + half);
+    }
+    float u[8], v[8], sum = 0;
     lo[j].get(u), hi[j].get(v);
-    const T* w = h < s.n_head ? a.q_weight : a.k_weight;
-    float sum = 0;
 #pragma unroll
     for (int i = 0; i < 8; i++) sum += u[i] * u[i] + v[i] * v[i];
-    sum = warp_sum<G>(sum);
-    if (!active || h >= heads) continue;
-    T* out = head_out(a, s, t, h) + c;
-    if (h >= rotated) {
+    sum = group_sum<G>(sum, group * G);
+    if (!on[j]) continue;
+    T* out = head_out(a, s, token[j], head[j]) + c;
+    if (!turns) {
       lo[j].store(out), hi[j].store(out + half);
       continue;
     }
     if (w != nullptr) {
       const float r = __frsqrt_rn(sum / static_cast<float>(s.d_head) + s.eps);
       float wu[8], wv[8];
-      load(wu, w + c), load(wv, w + c + half);
+      w_lo.get(wu), w_hi.get(wv);
 #pragma unroll
       for (int i = 0; i < 8; i++) u[i] = u[i] * r * wu[i], v[i] = v[i] * r * wv[i];
     }
@@ -142,92 +156,85 @@ __global__ void fwd_any(FwdArgs<T> a, RopeShape s) {
 }
 
 // --- backward -----------------------------------------------------------------------------------------------------
-template <class T, int G, int kHeads, bool kNorm>
-__global__ void __launch_bounds__(kWarps * 32, 2) bwd_kernel(BwdArgs<T> a, RopeShape s) {
+template <class T, int G, int U, bool kNorm, int kBlocks>
+__global__ void __launch_bounds__(kWarps * 32, kBlocks) bwd_kernel(BwdArgs<T> a, RopeShape s) {
   constexpr int kGroups = 32 / G;
-  __shared__ __align__(16) float sums[kWarps][kNorm ? G * 16 : 1];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = lane / G, half = s.d_head / 2, c = lane % G * 8;
-  const bool active = c < half, keys = static_cast<int>(blockIdx.x) >= a.q_blocks;
-  const int block = keys ? blockIdx.x - a.q_blocks : blockIdx.x, blocks = keys ? gridDim.x - a.q_blocks : a.q_blocks;
-  const int heads = keys ? s.n_kv_head : s.n_head;
-  const int64_t first = (keys ? s.n_head * s.d_head : 0) + c,
-                width = static_cast<int64_t>(s.n_head + 2 * s.n_kv_head) * s.d_head;
+  __shared__ __align__(16) float sums[kNorm ? kWarps * kGroups : 1][G * 16];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = lane / G, half = s.d_head / 2,
+            c = (lane - group * G) * 8;
+  const bool active = group < kGroups && c < half, keys = static_cast<int>(blockIdx.x) >= a.q_blocks;
+  const unsigned block = keys ? blockIdx.x - a.q_blocks : blockIdx.x,
+                 blocks = keys ? gridDim.x - a.q_blocks : a.q_blocks, heads = keys ? s.n_kv_head : s.n_head,
+                 items = static_cast<unsigned>(s.n) * heads;
+  const int64_t width = static_cast<int64_t>(s.n_head + 2 * s.n_kv_head) * s.d_head,
+                column = (keys ? s.n_head * s.d_head : 0) + c;
   const T* w = keys ? a.k_weight : a.q_weight;
   Raw<T, 8> w_lo = {}, w_hi = {};
   if (kNorm && active) w_lo.load(w + c), w_hi.load(w + c + half);
   float dw_lo[8] = {}, dw_hi[8] = {};
-  for (int64_t t = static_cast<int64_t>(block) * kWarps + warp; t < s.n; t += static_cast<int64_t>(blocks) * kWarps) {
-    float cos[8] = {}, sin[8] = {};
-    if (active) {
-      const int64_t at = static_cast<int64_t>(s.positions[t]) * half + c;
-      load(cos, s.cos + at), load(sin, s.sin + at);
+  for (unsigned base = (block * kWarps + warp) * (kGroups * U); base < items; base += blocks * kWarps * kGroups * U) {
+    unsigned token[U];
+    int64_t at[U];
+    bool on[U];
+    Raw<T, 8> d_lo[U] = {}, d_hi[U] = {}, x_lo[U] = {}, x_hi[U] = {};
+#pragma unroll
+    for (int j = 0; j < U; j++) {
+      const unsigned item = base + j * kGroups + group;
+      on[j] = active && item < items;
+      token[j] = item / heads;
+      at[j] = token[j] * width + column + static_cast<int64_t>(item - token[j] * heads) * s.d_head;
+      if (!on[j]) continue;
+      d_lo[j].load(a.dqkv + at[j]), d_hi[j].load(a.dqkv + at[j] + half);
+      if (kNorm) x_lo[j].load(a.qkv + at[j]), x_hi[j].load(a.qkv + at[j] + half);
     }
-    for (int head0 = group; head0 - group < heads; head0 += kHeads * kGroups) {
-      Raw<T, 8> d_lo[kHeads] = {}, d_hi[kHeads] = {}, x_lo[kHeads] = {}, x_hi[kHeads] = {};
 #pragma unroll
-      for (int j = 0; j < kHeads; j++) {
-        const int h = head0 + j * kGroups;
-        const int64_t at = t * width + first + h * s.d_head;
-        if (!active || h >= heads) continue;
-        d_lo[j].load(a.dqkv + at), d_hi[j].load(a.dqkv + at + half);
-        if (kNorm) x_lo[j].load(a.qkv + at), x_hi[j].load(a.qkv + at + half);
+    for (int j = 0; j < U; j++) {
+      float cos[8] = {}, sin[8] = {};
+      if (on[j]) {
+        const int64_t row = static_cast<int64_t>(s.positions[token[j]]) * half + c;
+        load(cos, s.cos + row), load(sin, s.sin + row);
       }
+      float u[8], v[8];  // the gradient before the rotation
+      d_lo[j].get(u), d_hi[j].get(v);
 #pragma unroll
-      for (int j = 0; j < kHeads; j++) {
-        const int h = head0 + j * kGroups;
-        float u[8], v[8];  // the gradient before the rotation
-        d_lo[j].get(u), d_hi[j].get(v);
+      for (int i = 0; i < 8; i++) {
+        const float g = u[i] * cos[i] + v[i] * sin[i];
+        v[i] = v[i] * cos[i] - u[i] * sin[i];
+        u[i] = g;
+      }
+      if constexpr (kNorm) {
+        float x[8], y[8], wx[8], wy[8];
+        w_lo.forget(), w_hi.forget();
+        x_lo[j].get(x), x_hi[j].get(y), w_lo.get(wx), w_hi.get(wy);
+        float square = 0, inner = 0;
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-          const float g = u[i] * cos[i] + v[i] * sin[i];
-          v[i] = v[i] * cos[i] - u[i] * sin[i];
-          u[i] = g;
+          square += x[i] * x[i] + y[i] * y[i];
+          inner += u[i] * wx[i] * x[i] + v[i] * wy[i] * y[i];
         }
-        if constexpr (kNorm) {
-          float x[8], y[8], wx[8], wy[8];
-          w_lo.forget(), w_hi.forget();
-          x_lo[j].get(x), x_hi[j].get(y), w_lo.get(wx), w_hi.get(wy);
-          float square = 0, inner = 0;
+        square = group_sum<G>(square, group * G), inner = group_sum<G>(inner, group * G);
+        const float r = __frsqrt_rn(square / static_cast<float>(s.d_head) + s.eps);
+        const float m = inner * r / static_cast<float>(s.d_head);
+        x_lo[j].forget(), x_hi[j].forget(), w_lo.forget(), w_hi.forget();
+        x_lo[j].get(x), x_hi[j].get(y), w_lo.get(wx), w_hi.get(wy);
 #pragma unroll
-          for (int i = 0; i < 8; i++) {
-            square += x[i] * x[i] + y[i] * y[i];
-            inner += u[i] * wx[i] * x[i] + v[i] * wy[i] * y[i];
-          }
-          square = warp_sum<G>(square), inner = warp_sum<G>(inner);
-          const float r = __frsqrt_rn(square / static_cast<float>(s.d_head) + s.eps);
-          const float m = inner * r / static_cast<float>(s.d_head);
-          x_lo[j].forget(), x_hi[j].forget(), w_lo.forget(), w_hi.forget();
-          x_lo[j].get(x), x_hi[j].get(y), w_lo.get(wx), w_hi.get(wy);
-#pragma unroll
-          for (int i = 0; i < 8; i++) {
-            const float xhat = x[i] * r, yhat = y[i] * r;
-            dw_lo[i] += u[i] * xhat, dw_hi[i] += v[i] * yhat;
-            u[i] = r * (u[i] * wx[i] - xhat * m), v[i] = r * (v[i] * wy[i] - yhat * m);
-          }
+        for (int i = 0; i < 8; i++) {
+          const float xhat = x[i] * r, yhat = y[i] * r;
+          dw_lo[i] += u[i] * xhat, dw_hi[i] += v[i] * yhat;
+          u[i] = r * (u[i] * wx[i] - xhat * m), v[i] = r * (v[i] * wy[i] - yhat * m);
         }
-        if (!active || h >= heads) continue;
-        T* out = a.dqkv + t * width + first + h * s.d_head;
-        store(out, u), store(out + half, v);
       }
+      if (on[j]) store(a.dqkv + at[j], u), store(a.dqkv + at[j] + half, v);
     }
   }
   if constexpr (kNorm) {
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-#pragma unroll
-      for (int distance = G; distance < 32; distance *= 2) {
-        dw_lo[i] += __shfl_xor_sync(0xffffffffu, dw_lo[i], distance);
-        dw_hi[i] += __shfl_xor_sync(0xffffffffu, dw_hi[i], distance);
-      }
-    }
-    if (active && group == 0) store(&sums[warp][c], dw_lo);
-    if (active && group == 0) store(&sums[warp][G * 8 + c], dw_hi);
+    if (active) store(&sums[warp * kGroups + group][c], dw_lo), store(&sums[warp * kGroups + group][G * 8 + c], dw_hi);
     __syncthreads();
     for (int i = threadIdx.x; i < s.d_head; i += kWarps * 32) {
-      const int at = i < half ? i : G * 8 + i - half;
-      float sum = sums[0][at];
-#pragma unroll
-      for (int k = 1; k < kWarps; k++) sum += sums[k][at];
+      const int col = i < half ? i : G * 8 + i - half;
+      float sum = sums[0][col];
+#pragma unroll 8
+      for (int k = 1; k < kWarps * kGroups; k++) sum += sums[k][col];
       a.partial[static_cast<int64_t>(blockIdx.x) * s.d_head + i] = sum;
     }
   }
@@ -292,6 +299,7 @@ bool with_lanes(int d_head, F&& f) {
   if (packs == 1) f(std::integral_constant<int, 1>{});
   else if (packs == 2) f(std::integral_constant<int, 2>{});
   else if (packs <= 4) f(std::integral_constant<int, 4>{});
+  else if (packs == 6) f(std::integral_constant<int, 6>{});
   else if (packs <= 8) f(std::integral_constant<int, 8>{});
   else f(std::integral_constant<int, 16>{});
   return true;
@@ -299,41 +307,43 @@ bool with_lanes(int d_head, F&& f) {
 
 RopeShape shape(const NormRope& a) { return {a.cos, a.sin, a.positions, a.eps, a.n, a.n_head, a.n_kv_head, a.d_head}; }
 
-// Heads of one token that a lane group takes: all of them where 4 a group are enough.
-constexpr int kFwdHeads = 4, kBwdHeads = 2, kBwdBlocksPerSm = 2;
+// Heads that a lane group has in flight, and blocks a multiprocessor.
+constexpr int kFwdHeads = 1, kFwdBlocksPerSm = 3, kBwdHeads = 1, kBwdBlocksPerSm = 2;
 
-template <class T, int kHeads = kFwdHeads>
+template <class T, int U = kFwdHeads, int kBlocks = kFwdBlocksPerSm>
 void fwd(const Context& ctx, const FwdArgs<T>& f, const RopeShape& s) {
-  const int heads = s.n_head + (f.v_out != nullptr ? 2 : 1) * s.n_kv_head;
+  const int64_t heads = s.n_head + (f.v_out != nullptr ? 2 : 1) * s.n_kv_head, items = s.n * heads;
   const bool vectors = aligned({f.q_out, f.k_out, f.v_out, f.qkv, f.q_weight, f.k_weight, s.cos, s.sin}) &&
-                       f.ldk % 8 == 0 && (f.v_out == nullptr || f.ldv % 8 == 0);
+                       f.ldk % 8 == 0 && (f.v_out == nullptr || f.ldv % 8 == 0) && items < int64_t{1} << 31;
   const bool done =
       vectors && with_lanes(s.d_head, [&](auto lanes) {
-        const int parts = static_cast<int>(div_up(heads, kHeads * (32 / lanes.value)));
-        const int warps = s.n * parts <= ctx.n_sm ? 1 : kWarps;
-        fwd_kernel<T, lanes.value, kHeads>
-            <<<static_cast<unsigned>(div_up(s.n * parts, warps)), warps * 32, 0, ctx.stream>>>(f, s, parts);
+        const int64_t warps = div_up(items, 32 / lanes.value * U), block = warps <= ctx.n_sm ? 1 : kWarps;
+        fwd_kernel<T, lanes.value, U, kBlocks>
+            <<<static_cast<unsigned>(div_up(warps, block)), static_cast<unsigned>(block * 32), 0, ctx.stream>>>(
+                f, s, static_cast<unsigned>(heads));
       });
-  if (!done) fwd_any<T><<<static_cast<unsigned>(div_up(s.n * heads, kWarps)), kWarps * 32, 0, ctx.stream>>>(f, s);
+  if (!done) fwd_any<T><<<static_cast<unsigned>(div_up(items, kWarps)), kWarps * 32, 0, ctx.stream>>>(f, s);
   MM_CUDA_LAUNCHED();
 }
 
-template <class T, int kHeads = kBwdHeads>
-void bwd(const Context& ctx, float* dq_weight, float* dk_weight, BwdArgs<T> b, const RopeShape& s,
-         int per_sm = kBwdBlocksPerSm) {
-  const bool vectors = aligned({b.dqkv, b.qkv, b.q_weight, b.k_weight, s.cos, s.sin});
-  // Blocks in proportion to the heads, at least one for each kind, no more than there are tokens for.
-  const int64_t most = div_up(s.n * (vectors ? 1 : s.n_kv_head), kWarps), resident = int64_t{per_sm} * ctx.n_sm;
-  const int64_t q_share = std::max<int64_t>(1, resident * s.n_head / (s.n_head + s.n_kv_head));
-  b.q_blocks = static_cast<int>(std::min(div_up(s.n * (vectors ? 1 : s.n_head), kWarps), q_share));
-  const int k_blocks = static_cast<int>(std::min(most, std::max<int64_t>(1, resident - q_share)));
-  const unsigned blocks = static_cast<unsigned>(b.q_blocks + k_blocks);
+template <class T, int U = kBwdHeads, int kBlocks = kBwdBlocksPerSm>
+void bwd(const Context& ctx, float* dq_weight, float* dk_weight, BwdArgs<T> b, const RopeShape& s) {
+  const bool vectors = aligned({b.dqkv, b.qkv, b.q_weight, b.k_weight, s.cos, s.sin}) && s.n * s.n_head < int64_t{1}
+                                                                                                              << 31;
+  // Blocks in proportion to the heads, at least one of each kind, no more than there are heads for.
+  const int64_t resident = int64_t{kBlocks} * ctx.n_sm,
+                q_share = std::max<int64_t>(1, resident * s.n_head / (s.n_head + s.n_kv_head)),
+                k_share = std::max<int64_t>(1, resident - q_share);
+  b.q_blocks = static_cast<int>(std::min(div_up(s.n * s.n_head, kWarps), q_share));
+  const int k_blocks = static_cast<int>(std::min(div_up(s.n * s.n_kv_head, kWarps), k_share));
+  const auto blocks = static_cast<unsigned>(b.q_blocks + k_blocks);
   const bool norm = b.q_weight != nullptr;
   Scratch scratch(ctx);
   b.partial = norm ? scratch.take<float>(static_cast<size_t>(blocks) * static_cast<size_t>(s.d_head)) : nullptr;
   const bool done = vectors && with_lanes(s.d_head, [&](auto lanes) {
-                      if (norm) bwd_kernel<T, lanes.value, kHeads, true><<<blocks, kWarps * 32, 0, ctx.stream>>>(b, s);
-                      else bwd_kernel<T, lanes.value, 2 * kHeads, false><<<blocks, kWarps * 32, 0, ctx.stream>>>(b, s);
+                      if (norm)
+                        bwd_kernel<T, lanes.value, U, true, kBlocks><<<blocks, kWarps * 32, 0, ctx.stream>>>(b, s);
+                      else bwd_kernel<T, lanes.value, U, false, kBlocks><<<blocks, kWarps * 32, 0, ctx.stream>>>(b, s);
                     });
   if (!done) {
     const size_t bytes = static_cast<size_t>(kWarps * s.d_head) * sizeof(float);
