@@ -3,14 +3,14 @@
 // The keys of a (query row, key head) are split over the blocks of a cluster (sm_90 and up; elsewhere over blocks whose
 // parts a second kernel merges), within a block over groups of lanes:
 //
-//   block = 8 warps;  group = 4 or 8 lanes that hold one key's row, 16 bytes a lane and load;  kHeads query heads that
-//   share the key head are computed from the same loaded keys and values
+//   block = 8 warps; group = 8 lanes (4 at d 32) that hold one key's row; kHeads query heads that share the key head are
+//   computed from the same loaded keys and values, several keys of a group in flight at a time
 //   key j of the block's part belongs to group j % groups: neighbouring groups read neighbouring rows
 //
-// Each group keeps a running maximum, sum and output (fp32, all heads of the block); they merge by shuffles, then
-// through shared memory, then through the cluster's distributed shared memory, always in the same order. Bound by the
-// read of keys and values: 2 * 2 d bytes a key of bf16; at batch 1 by a handful of dependent latencies (row bounds, q,
-// keys, merge).
+// Each group keeps a running maximum, sum and output (fp32, all heads of the block). They merge by shuffles, then through
+// shared memory, then every block of a cluster sends its parts to the block that finishes that share of the outputs
+// (sent, not fetched: one barrier instead of two), always in the same order. Bound by the read of keys and values,
+// 2 * 2 d bytes a key of bf16; at batch 1 by a handful of dependent latencies (row bounds, keys, merge).
 #include "kernels/cuda/attention_mma.cuh"
 #include "kernels/cuda/attention_mma.h"
 
@@ -23,26 +23,29 @@ constexpr int n_warp = 8, n_thread = 32 * n_warp, max_split = 8;
 // How a row of D elements of T is spread over lanes.
 template <class T, int D>
 struct Spread {
-  static constexpr int V = per_16_bytes<T>, chunks = D / V;
-  static constexpr int lanes = chunks % 8 == 0 ? 8 : 4, per_lane = chunks / lanes;
-  static constexpr int elements = per_lane * V;  // of a lane
+  static constexpr int lanes = D >= 64 ? 8 : 4, elements = D / lanes;  // of a lane
+  static constexpr int V = elements % per_16_bytes<T> == 0 ? per_16_bytes<T> : 4, per_lane = elements / V;
+  static constexpr int unroll = elements <= 8 ? 4 : 3;  // keys of a group in flight
 };
 
-__device__ __forceinline__ void cluster_sync() {
+__device__ __forceinline__ void cluster_arrive() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 #endif
 }
-// *p as block `rank` of the cluster has it.
-__device__ __forceinline__ float cluster_load(const float* p, int rank) {
+__device__ __forceinline__ void cluster_wait() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+// *p = x in the shared memory of block `rank` of the cluster.
+__device__ __forceinline__ void cluster_store(float* p, int rank, float x) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   uint32_t at;
-  float x;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(shared_address(p)), "r"(rank));
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(at) : "memory");
-  return x;
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(at), "f"(x) : "memory");
 #else
-  return *p;
+  *p = x;
 #endif
 }
 
@@ -73,16 +76,18 @@ __device__ __forceinline__ float reference(float m) { return m == minus_infinity
 
 // part: where the blocks of one (row, head) leave {m, l, out[D]}, [row, head, split, D + 2]; null: a cluster merges.
 template <class T, int D, int kHeads>
-__global__ void __launch_bounds__(n_thread)
+__global__ void __launch_bounds__(n_thread, sizeof(T) == 2 && kHeads * Spread<T, D>::elements <= 32 ? 2 : 1)
     decode_kernel(const __grid_constant__ Attention a, float scale2, int n_split, float* part) {
   using S = Spread<T, D>;
   constexpr int E = S::elements, V = S::V, groups = n_thread / S::lanes;
   __shared__ float warp_ml[2][n_warp][kHeads], warp_out[n_warp][kHeads][D];
-  __shared__ float block_ml[2][kHeads], block_out[kHeads][D];
+  // What the blocks of the cluster sent: {maximum, sum} of all heads, and their values of this block's outputs.
+  __shared__ float sent_ml[2][max_split][kHeads], sent_out[kHeads * D];
   const int split = static_cast<int>(blockIdx.x), first_head = static_cast<int>(blockIdx.y) * kHeads;
   const int row = static_cast<int>(blockIdx.z), kv_head = first_head / (a.n_head / a.n_kv_head);
   const int tid = static_cast<int>(threadIdx.x), warp = tid / 32, lane = tid % 32;
-  const int group = tid / S::lanes, member = tid % S::lanes;
+  const int member = tid % S::lanes;
+  cluster_arrive();
 
   float q[kHeads][E], out[kHeads][E], m[kHeads], l[kHeads];
 #pragma unroll
@@ -98,13 +103,16 @@ __global__ void __launch_bounds__(n_thread)
     m[h] = minus_infinity(), l[h] = 0.0f;
   }
   const RowBounds bounds(a, row);
-  if (bounds.n_key <= 0 && part == nullptr) return;  // a row of no sequence: batches of fixed size have them
+  if (bounds.n_key <= 0 && part == nullptr) {  // a row of no sequence: batches of fixed size have them
+    cluster_wait();
+    return;
+  }
   const int share = (bounds.n_key + n_split - 1) / n_split, begin = split * share;
   const int end = min(begin + share, bounds.n_key);
   const T* k = static_cast<const T*>(a.k) + bounds.kv0 * a.ldk + kv_head * D;
   const T* v = static_cast<const T*>(a.v) + bounds.kv0 * a.ldv + kv_head * D;
 
-  constexpr int unroll = 2;  // keys of a group in flight
+  constexpr int unroll = S::unroll;
   // Every lane of a warp runs the same rounds: the shuffles below need them all.
   for (int first = begin + warp * (32 / S::lanes); first < end; first += unroll * groups) {
     Raw<T, V> kr[unroll][S::per_lane], vr[unroll][S::per_lane];
@@ -201,6 +209,7 @@ __global__ void __launch_bounds__(n_thread)
   }
   __syncthreads();
   // Warps of the block.
+  const int slice = kHeads * D / n_split;  // outputs that one block of the cluster finishes
   for (int i = tid; i < kHeads * D; i += n_thread) {
     const int h = i / D, c = i % D;
     float top = minus_infinity(), sum = 0.0f, x = 0.0f;
@@ -217,35 +226,30 @@ __global__ void __launch_bounds__(n_thread)
       to[2 + c] = x;
       if (c == 0) to[0] = top, to[1] = sum;
     } else {
-      block_out[h][c] = x;
-      if (c == 0) block_ml[0][h] = top, block_ml[1][h] = sum;
+      if (i < n_thread) cluster_wait();  // all blocks have begun; every thread comes here or below once
+      cluster_store(&sent_out[split * slice + i % slice], i / slice, x);
+      if (c < n_split) {
+        cluster_store(&sent_ml[0][split][h], c, top);
+        cluster_store(&sent_ml[1][split][h], c, sum);
+      }
     }
   }
+  if (part != nullptr || tid >= kHeads * D) cluster_wait();
   if (part != nullptr) return;
-  // Blocks of the cluster; each writes its share of the outputs.
-  cluster_sync();
-  for (int i = split * n_thread + tid; i < kHeads * D; i += n_split * n_thread) {
-    const int h = i / D, c = i % D;
-    float tops[max_split], sums[max_split], xs[max_split], top = minus_infinity(), sum = 0.0f, x = 0.0f;
-#pragma unroll
-    for (int r = 0; r < max_split; r++) {
-      if (r >= n_split) break;
-      tops[r] = cluster_load(&block_ml[0][h], r);
-      sums[r] = cluster_load(&block_ml[1][h], r);
-      xs[r] = cluster_load(&block_out[h][c], r);
-      top = fmaxf(top, tops[r]);
-    }
-#pragma unroll
-    for (int r = 0; r < max_split; r++) {
-      if (r >= n_split) break;
-      const float f = exp2_fast(tops[r] - reference(top));
-      sum += f * sums[r];
-      x += f * xs[r];
+  cluster_arrive();
+  cluster_wait();
+  for (int j = tid; j < slice; j += n_thread) {
+    const int i = split * slice + j, h = i / D, c = i % D;
+    float top = minus_infinity(), sum = 0.0f, x = 0.0f;
+    for (int r = 0; r < n_split; r++) top = fmaxf(top, sent_ml[0][r][h]);
+    for (int r = 0; r < n_split; r++) {
+      const float f = exp2_fast(sent_ml[0][r][h] - reference(top));
+      sum += f * sent_ml[1][r][h];
+      x += f * sent_out[r * slice + j];
     }
     static_cast<T*>(a.out)[row * a.ldo + (first_head + h) * D + c] = from_float<T>(x / sum);
     if (a.lse != nullptr && c == 0) a.lse[static_cast<int64_t>(row) * a.n_head + first_head + h] = (top + log2f(sum)) * ln_2;
   }
-  cluster_sync();  // nobody leaves while others read
 }
 
 // Where there are no clusters.
@@ -269,7 +273,7 @@ template <class T, int D, int kHeads>
 void launch(const Context& ctx, const Attention& a) {
   const auto rows = static_cast<int>(a.n_tok), columns = a.n_head / kHeads;
   int n_split = 1;
-  while (n_split < max_split && n_split * rows * columns < 2 * ctx.n_sm) n_split *= 2;
+  while (n_split < max_split && n_split * rows * columns < ctx.n_sm) n_split *= 2;
   const dim3 grid(static_cast<unsigned>(n_split), static_cast<unsigned>(columns), static_cast<unsigned>(rows));
   const float scale2 = a.scale * log2_e;
   if (ctx.arch >= 90) {

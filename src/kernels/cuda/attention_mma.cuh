@@ -22,8 +22,8 @@ struct Tile {
 // rows of a sequence first. Every warp must call it whole.
 __device__ __forceinline__ Tile find_tile(const Attention& a, int index, int rows) {
   if (a.tiles != nullptr && rows == tile_rows) {
-    if (index >= *a.n_tiles) return {-1, 0};
-    return {a.tiles[2 * index], a.tiles[2 * index + 1]};
+    const Tile tile = {a.tiles[2 * index], a.tiles[2 * index + 1]};  // read beside the count, not after it
+    return index < *a.n_tiles ? tile : Tile{-1, 0};
   }
   const int lane = static_cast<int>(threadIdx.x) % 32, n_seq = static_cast<int>(a.n_seq);
   for (int first = 0; first < n_seq; first += 32) {
@@ -106,9 +106,10 @@ __device__ __forceinline__ void copy_rows_async(uint32_t dst, const T* src, int6
 #pragma unroll
   for (int r = 0; r < kRows; r += step) {
     const bool valid = row + r < n_valid;
+    const T* row_from = valid ? from : src;
 #pragma unroll
     for (int j = 0; j < D / 8; j += L::lanes)
-      cp_async16(to + static_cast<uint32_t>(r * L::bytes + j * 16), valid ? from + j * 8 : src, valid);
+      cp_async16(to + static_cast<uint32_t>(r * L::bytes + j * 16), row_from + j * 8, valid);
     from += step * ld;
   }
 }
@@ -170,6 +171,81 @@ __device__ __forceinline__ void as_operand(uint32_t (&a)[4], const float (&left)
   a[1] = pack2<T>(left[2], left[3]);
   a[2] = pack2<T>(right[0], right[1]);
   a[3] = pack2<T>(right[2], right[3]);
+}
+
+// Operand A of a warp, 16 * MT rows: in registers, or read from shared memory at each use.
+template <int D, int MT, bool kKeep>
+struct RowOperand {
+  uint32_t address;
+  uint32_t kept[kKeep ? MT : 1][kKeep ? D / 16 : 1][4];
+  __device__ __forceinline__ void load(const FragmentAddress<D>& rows) {
+    if constexpr (kKeep) {
+#pragma unroll
+      for (int m = 0; m < MT; m++) {
+#pragma unroll
+        for (int c = 0; c < D / 16; c++) ldmatrix(kept[m][c], address + rows.at(16 * m, c));
+      }
+    }
+  }
+  __device__ __forceinline__ void get(uint32_t (&a)[MT][4], const FragmentAddress<D>& rows, int c) const {
+#pragma unroll
+    for (int m = 0; m < MT; m++) {
+      if constexpr (kKeep) a[m][0] = kept[m][c][0], a[m][1] = kept[m][c][1], a[m][2] = kept[m][c][2], a[m][3] = kept[m][c][3];
+      else ldmatrix(a[m], address + rows.at(16 * m, c));
+    }
+  }
+};
+
+template <int MT, int N>
+__device__ __forceinline__ void set_zero(float (&x)[MT][N][4]) {
+#pragma unroll
+  for (int m = 0; m < MT; m++) {
+#pragma unroll
+    for (int c = 0; c < N; c++) x[m][c][0] = x[m][c][1] = x[m][c][2] = x[m][c][3] = 0.0f;
+  }
+}
+
+// c [16 MT, N] += a [16 MT, D] b^T, b [N, D] rows in shared memory.
+template <class T, int D, int MT, int N, bool kKeep>
+__device__ __forceinline__ void multiply_rows(float (&acc)[MT][N / 8][4], const RowOperand<D, MT, kKeep>& a, uint32_t b,
+                                              const FragmentAddress<D>& rows, const FragmentAddress<D>& cols) {
+#pragma unroll
+  for (int c = 0; c < D / 16; c++) {
+    uint32_t x[MT][4];
+    a.get(x, rows, c);
+#pragma unroll
+    for (int j = 0; j < N / 16; j++) {
+      uint32_t y[4];
+      ldmatrix(y, b + cols.at(16 * j, c));
+#pragma unroll
+      for (int m = 0; m < MT; m++) {
+        mma<T>(acc[m][2 * j], x[m], y[0], y[1]);
+        mma<T>(acc[m][2 * j + 1], x[m], y[2], y[3]);
+      }
+    }
+  }
+}
+
+// acc [16 MT, D] += x [16 MT, N] b, b [N, D] rows in shared memory.
+template <class T, int D, int MT, int N>
+__device__ __forceinline__ void multiply_columns(float (&acc)[MT][D / 8][4], const float (&x)[MT][N / 8][4], uint32_t b,
+                                                 const FragmentAddress<D>& rows) {
+#pragma unroll
+  for (int j = 0; j < N / 16; j++) {
+    uint32_t a[MT][4];
+#pragma unroll
+    for (int m = 0; m < MT; m++) as_operand<T>(a[m], x[m][2 * j], x[m][2 * j + 1]);
+#pragma unroll
+    for (int c = 0; c < D / 16; c++) {
+      uint32_t y[4];
+      ldmatrix_transposed(y, b + rows.at(16 * j, c));
+#pragma unroll
+      for (int m = 0; m < MT; m++) {
+        mma<T>(acc[m][2 * c], a[m], y[0], y[1]);
+        mma<T>(acc[m][2 * c + 1], a[m], y[2], y[3]);
+      }
+    }
+  }
 }
 
 // One warp: accumulators of kRows = 16 * MT rows, times the factors of their rows (r = 2 * m + half), through its own

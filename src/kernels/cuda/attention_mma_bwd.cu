@@ -25,81 +25,6 @@ struct Stats {
   float lse2, delta;
 };
 
-// Operand A of a warp, 16 * MT rows: in registers, or read from shared memory at each use.
-template <int D, int MT, bool kKeep>
-struct RowOperand {
-  uint32_t address;
-  uint32_t kept[kKeep ? MT : 1][kKeep ? D / 16 : 1][4];
-  __device__ __forceinline__ void load(const FragmentAddress<D>& rows) {
-    if constexpr (kKeep) {
-#pragma unroll
-      for (int m = 0; m < MT; m++) {
-#pragma unroll
-        for (int c = 0; c < D / 16; c++) ldmatrix(kept[m][c], address + rows.at(16 * m, c));
-      }
-    }
-  }
-  __device__ __forceinline__ void get(uint32_t (&a)[MT][4], const FragmentAddress<D>& rows, int c) const {
-#pragma unroll
-    for (int m = 0; m < MT; m++) {
-      if constexpr (kKeep) a[m][0] = kept[m][c][0], a[m][1] = kept[m][c][1], a[m][2] = kept[m][c][2], a[m][3] = kept[m][c][3];
-      else ldmatrix(a[m], address + rows.at(16 * m, c));
-    }
-  }
-};
-
-template <int MT, int N>
-__device__ __forceinline__ void set_zero(float (&x)[MT][N][4]) {
-#pragma unroll
-  for (int m = 0; m < MT; m++) {
-#pragma unroll
-    for (int c = 0; c < N; c++) x[m][c][0] = x[m][c][1] = x[m][c][2] = x[m][c][3] = 0.0f;
-  }
-}
-
-// c [16 MT, N] += a [16 MT, D] b^T, b [N, D] rows in shared memory.
-template <class T, int D, int MT, int N, bool kKeep>
-__device__ __forceinline__ void multiply_rows(float (&acc)[MT][N / 8][4], const RowOperand<D, MT, kKeep>& a, uint32_t b,
-                                              const FragmentAddress<D>& rows, const FragmentAddress<D>& cols) {
-#pragma unroll
-  for (int c = 0; c < D / 16; c++) {
-    uint32_t x[MT][4];
-    a.get(x, rows, c);
-#pragma unroll
-    for (int j = 0; j < N / 16; j++) {
-      uint32_t y[4];
-      ldmatrix(y, b + cols.at(16 * j, c));
-#pragma unroll
-      for (int m = 0; m < MT; m++) {
-        mma<T>(acc[m][2 * j], x[m], y[0], y[1]);
-        mma<T>(acc[m][2 * j + 1], x[m], y[2], y[3]);
-      }
-    }
-  }
-}
-
-// acc [16 MT, D] += x [16 MT, N] b, b [N, D] rows in shared memory.
-template <class T, int D, int MT, int N>
-__device__ __forceinline__ void multiply_columns(float (&acc)[MT][D / 8][4], const float (&x)[MT][N / 8][4], uint32_t b,
-                                                 const FragmentAddress<D>& rows) {
-#pragma unroll
-  for (int j = 0; j < N / 16; j++) {
-    uint32_t a[MT][4];
-#pragma unroll
-    for (int m = 0; m < MT; m++) as_operand<T>(a[m], x[m][2 * j], x[m][2 * j + 1]);
-#pragma unroll
-    for (int c = 0; c < D / 16; c++) {
-      uint32_t y[4];
-      ldmatrix_transposed(y, b + rows.at(16 * j, c));
-#pragma unroll
-      for (int m = 0; m < MT; m++) {
-        mma<T>(acc[m][2 * c], a[m], y[0], y[1]);
-        mma<T>(acc[m][2 * c + 1], a[m], y[2], y[3]);
-      }
-    }
-  }
-}
-
 // --- dq -----------------------------------------------------------------------------------------------------------
 // kBlock keys a stage, kStep at a time in registers.
 template <class T_, int D_, int kWarps_, int kBlock_, int kStep_, bool kKeepQ_, bool kKeepDout_, int kBlocksPerSm_>
@@ -188,21 +113,21 @@ __global__ void __launch_bounds__(C::threads, C::per_sm)
 #pragma unroll
   for (int r = 0; r < 2 * MT; r++) st[r] = row_stats[warp_row + r * 8 + lane / 4];
 
-  const auto step = [&](uint32_t ks, uint32_t vs, int first_hidden, auto mask) {
-    float s[MT][N / 8][4], dp[MT][N / 8][4];
+  const auto step = [&]<int M, bool kMask>(uint32_t ks, uint32_t vs, int first_hidden) {
+    float s[MT][M / 8][4], dp[MT][M / 8][4];
     set_zero(s);
     set_zero(dp);
-    multiply_rows<T, D, MT, N>(s, q_rows, ks, rows, cols);
-    multiply_rows<T, D, MT, N>(dp, dout_rows, vs, rows, cols);
+    multiply_rows<T, D, MT, M>(s, q_rows, ks, rows, cols);
+    multiply_rows<T, D, MT, M>(dp, dout_rows, vs, rows, cols);
 #pragma unroll
     for (int m = 0; m < MT; m++) {
 #pragma unroll
-      for (int c = 0; c < N / 8; c++) {
+      for (int c = 0; c < M / 8; c++) {
 #pragma unroll
         for (int e = 0; e < 4; e++) {
           const Stats& x = st[2 * m + e / 2];
           float p = exp2_fast(s[m][c][e] * scale2 - x.lse2);
-          if constexpr (decltype(mask)::value) {
+          if constexpr (kMask) {
             const int row = m * 16 + e / 2 * 8 + lane / 4, key = c * 8 + lane % 4 * 2 + e % 2;
             if (key >= row + first_hidden) p = 0.0f;
           }
@@ -210,22 +135,26 @@ __global__ void __launch_bounds__(C::threads, C::per_sm)
         }
       }
     }
-    multiply_columns<T, D, MT, N>(dq, s, ks, rows);
+    multiply_columns<T, D, MT, M>(dq, s, ks, rows);
   };
 
   const int n_block = (n_key + C::block - 1) / C::block;
   for (int i = 0;; i++) {
     if (i + 1 < n_block) copy_block(i + 1, (i + 1) & 1);
     const uint32_t ks = kv_shared + static_cast<uint32_t>(i & 1) * 2 * block_bytes, vs = ks + block_bytes;
-    if (warp_row < n_row) {
-      const int seen = min(n_key, first_row + 16 * MT);
+    const int first_hidden = first_row + 1 - i * C::block;
+    if (warp_row < n_row && first_hidden >= C::block) {
 #pragma unroll 1
       for (int part = 0; part < C::block; part += N) {
-        const int first = i * C::block + part, first_hidden = first_row + 1 - first;
         const auto at = static_cast<uint32_t>(part * L::bytes);
-        if (first >= seen) break;
-        if (first_hidden >= N) step(ks + at, vs + at, 0, std::false_type{});
-        else step(ks + at, vs + at, first_hidden, std::true_type{});
+        step.template operator()<N, false>(ks + at, vs + at, 0);
+      }
+    } else if (warp_row < n_row) {
+      const int seen = min(n_key, first_row + 16 * MT) - i * C::block;
+#pragma unroll 1
+      for (int part = 0; part < seen && part < C::block; part += 32) {
+        const auto at = static_cast<uint32_t>(part * L::bytes);
+        step.template operator()<32, true>(ks + at, vs + at, first_hidden - part);
       }
     }
     if (i + 1 >= n_block) break;
@@ -311,21 +240,21 @@ __global__ void __launch_bounds__(C::threads, C::per_sm)
   v_rows.load(rows);
 
   // first_seen: column of the first query that sees row 0 of the warp.
-  const auto step = [&](uint32_t qs, uint32_t ds, const Stats* st, int first_seen, auto mask) {
-    float p[MT][N / 8][4], dp[MT][N / 8][4];
+  const auto step = [&]<int M, bool kMask>(uint32_t qs, uint32_t ds, const Stats* st, int first_seen) {
+    float p[MT][M / 8][4], dp[MT][M / 8][4];
     set_zero(p);
     set_zero(dp);
-    multiply_rows<T, D, MT, N>(p, k_rows, qs, rows, cols);
-    multiply_rows<T, D, MT, N>(dp, v_rows, ds, rows, cols);
+    multiply_rows<T, D, MT, M>(p, k_rows, qs, rows, cols);
+    multiply_rows<T, D, MT, M>(dp, v_rows, ds, rows, cols);
 #pragma unroll
-    for (int c = 0; c < N / 8; c++) {
+    for (int c = 0; c < M / 8; c++) {
       const float4 x = *reinterpret_cast<const float4*>(st + c * 8 + lane % 4 * 2);  // of two queries
 #pragma unroll
       for (int m = 0; m < MT; m++) {
 #pragma unroll
         for (int e = 0; e < 4; e++) {
           float w = exp2_fast(p[m][c][e] * scale2 - (e % 2 == 0 ? x.x : x.z));
-          if constexpr (decltype(mask)::value) {
+          if constexpr (kMask) {
             const int row = m * 16 + e / 2 * 8 + lane / 4, query = c * 8 + lane % 4 * 2 + e % 2;
             if (query < row + first_seen) w = 0.0f;
           }
@@ -334,8 +263,8 @@ __global__ void __launch_bounds__(C::threads, C::per_sm)
         }
       }
     }
-    multiply_columns<T, D, MT, N>(dv, p, ds, rows);
-    multiply_columns<T, D, MT, N>(dk, dp, qs, rows);
+    multiply_columns<T, D, MT, M>(dv, p, ds, rows);
+    multiply_columns<T, D, MT, M>(dk, dp, qs, rows);
   };
 
   int next_head = 0, next_block = 0;
@@ -343,16 +272,19 @@ __global__ void __launch_bounds__(C::threads, C::per_sm)
     if (++next_block == n_block) next_block = 0, next_head++;
     if (turn + 1 < n_turn) copy_block(next_head, next_block, (turn + 1) & 1);
     const uint32_t qs = q_shared + static_cast<uint32_t>(turn & 1) * 2 * block_bytes, ds = qs + block_bytes;
-    if (warp_row < n_key) {
+    const int first = block * C::block, first_seen = warp_row - first;
+    const Stats* st = block_stats + (turn & 1) * C::block;
+    if (warp_row < n_key && first_seen + 16 * MT <= 1) {
 #pragma unroll 1
       for (int part = 0; part < C::block; part += N) {
-        const int first = block * C::block + part, first_seen = warp_row - first;
         const auto at = static_cast<uint32_t>(part * L::bytes);
-        if (first >= n_key) break;
-        if (first_seen >= N) continue;
-        const Stats* st = block_stats + (turn & 1) * C::block + part;
-        if (first_seen + 16 * MT <= 1) step(qs + at, ds + at, st, 0, std::false_type{});
-        else step(qs + at, ds + at, st, first_seen, std::true_type{});
+        step.template operator()<N, false>(qs + at, ds + at, st + part, 0);
+      }
+    } else if (warp_row < n_key) {
+#pragma unroll 1
+      for (int part = max(first_seen, 0) / 32 * 32; part < C::block; part += 32) {
+        const auto at = static_cast<uint32_t>(part * L::bytes);
+        step.template operator()<32, true>(qs + at, ds + at, st + part, first_seen - part);
       }
     }
     block = next_block;
@@ -402,14 +334,14 @@ void launch_for_width(const Context& ctx, const AttentionBwd& b, Stats* stats) {
       launch_dq<QueryShape<T, 32, 4, 64, 32, true, true, 2>>(ctx, b, stats);
       return launch_dkv<KeyShape<T, 32, 4, 64, 32, true, true, 2>>(ctx, b, stats);
     case 64:
-      launch_dq<QueryShape<T, 64, 4, 64, 32, true, true, 2>>(ctx, b, stats);
+      launch_dq<QueryShape<T, 64, 8, 64, 32, true, true, 2>>(ctx, b, stats);
       return launch_dkv<KeyShape<T, 64, 4, 64, 32, false, false, 2>>(ctx, b, stats);
     case 96:
-      launch_dq<QueryShape<T, 96, 4, 64, 32, true, false, 2>>(ctx, b, stats);
+      launch_dq<QueryShape<T, 96, 4, 64, 32, false, false, 2>>(ctx, b, stats);
       return launch_dkv<KeyShape<T, 96, 8, 64, 32, true, true, 1>>(ctx, b, stats);
     case 128:
-      launch_dq<QueryShape<T, 128, 8, 32, 32, true, true, 1>>(ctx, b, stats);
-      return launch_dkv<KeyShape<T, 128, 8, 32, 32, false, false, 1>>(ctx, b, stats);
+      launch_dq<QueryShape<T, 128, 4, 32, 32, false, false, 2>>(ctx, b, stats);
+      return launch_dkv<KeyShape<T, 128, 8, 32, 32, true, false, 1>>(ctx, b, stats);
     default: fail("attention", "d_head is not 32, 64, 96 or 128", __FILE__, __LINE__);
   }
 }

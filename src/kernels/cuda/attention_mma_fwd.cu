@@ -22,72 +22,45 @@ namespace mm::cuda {
 
 namespace {
 
-constexpr int n_warp = 4, n_thread = 32 * n_warp, warp_rows = 32, key_block = 64;
+constexpr int key_block = 64;
 constexpr float slack = 8.0f;  // how far, in powers of two, the maximum may exceed the reference
 
-template <int D>
-constexpr int shared_bytes = 2 * D * (tile_rows + 4 * key_block);
+// MT: tiles of 16 rows a warp; kStep: keys at a time in registers; kKeepQ: q in registers, not read at each use.
+template <class T_, int D_, int MT_, int kStep_, bool kKeepQ_, int kBlocksPerSm_>
+struct ForwardShape {
+  using T = T_;
+  static constexpr int D = D_, MT = MT_, step = kStep_, per_sm = kBlocksPerSm_;
+  static constexpr bool keep_q = kKeepQ_;
+  static constexpr int warp_rows = 16 * MT, threads = 32 * tile_rows / warp_rows;
+  static constexpr int shared = 2 * D * (tile_rows + 4 * key_block);
+};
 
-template <class T, int D, bool kKeepQ>
+template <class C>
 struct ForwardWarp {
+  using T = typename C::T;
+  static constexpr int D = C::D, MT = C::MT, n_row = 2 * MT;
   FragmentAddress<D> rows, cols;
-  uint32_t q_address;
-  uint32_t q[2][D / 16][4];
-  float o[2][D / 8][4], m[4], l[4];  // row m * 16 + half * 8 + lane / 4 is number 2 * m + half
+  RowOperand<D, MT, C::keep_q> q;
+  float o[MT][D / 8][4], m[n_row], l[n_row];  // row m * 16 + half * 8 + lane / 4 is number 2 * m + half
   float scale2;
   int lane;
 
   __device__ __forceinline__ ForwardWarp(uint32_t q_shared, float s, int lane_)
-      : rows(0, Pattern::rows, lane_), cols(0, Pattern::cols, lane_), q_address(q_shared), scale2(s), lane(lane_) {
+      : rows(0, Pattern::rows, lane_), cols(0, Pattern::cols, lane_), q{q_shared}, scale2(s), lane(lane_) {
+    set_zero(o);
 #pragma unroll
-    for (int i = 0; i < 4; i++) m[i] = minus_infinity(), l[i] = 0.0f;
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-#pragma unroll
-      for (int c = 0; c < D / 8; c++) o[i][c][0] = o[i][c][1] = o[i][c][2] = o[i][c][3] = 0.0f;
-    }
-  }
-
-  __device__ __forceinline__ void load_q() {
-    if constexpr (kKeepQ) {
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-#pragma unroll
-        for (int c = 0; c < D / 16; c++) ldmatrix(q[i][c], q_address + rows.at(16 * i, c));
-      }
-    }
+    for (int r = 0; r < n_row; r++) m[r] = minus_infinity(), l[r] = 0.0f;
   }
 
   // N keys; first_hidden: of row 0 of the warp, counted from the first of these keys.
   template <int N, bool kMask>
   __device__ __forceinline__ void step(uint32_t k, uint32_t v, int first_hidden) {
-    float s[2][N / 8][4];
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-#pragma unroll
-      for (int c = 0; c < N / 8; c++) s[i][c][0] = s[i][c][1] = s[i][c][2] = s[i][c][3] = 0.0f;
-    }
-#pragma unroll
-    for (int c = 0; c < D / 16; c++) {
-      if constexpr (!kKeepQ) {
-        ldmatrix(q[0][0], q_address + rows.at(0, c));
-        ldmatrix(q[1][0], q_address + rows.at(16, c));
-      }
-      const int at = kKeepQ ? c : 0;
-#pragma unroll
-      for (int j = 0; j < N / 16; j++) {
-        uint32_t b[4];
-        ldmatrix(b, k + cols.at(16 * j, c));
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-          mma<T>(s[i][2 * j], q[i][at], b[0], b[1]);
-          mma<T>(s[i][2 * j + 1], q[i][at], b[2], b[3]);
-        }
-      }
-    }
+    float s[MT][N / 8][4];
+    set_zero(s);
+    multiply_rows<T, D, MT, N>(s, q, k, rows, cols);
     if constexpr (kMask) {
 #pragma unroll
-      for (int i = 0; i < 2; i++) {
+      for (int i = 0; i < MT; i++) {
 #pragma unroll
         for (int c = 0; c < N / 8; c++) {
 #pragma unroll
@@ -99,30 +72,15 @@ struct ForwardWarp {
       }
     }
     softmax<N>(s);
-#pragma unroll
-    for (int j = 0; j < N / 16; j++) {
-      uint32_t p[2][4];
-      as_operand<T>(p[0], s[0][2 * j], s[0][2 * j + 1]);
-      as_operand<T>(p[1], s[1][2 * j], s[1][2 * j + 1]);
-#pragma unroll
-      for (int c = 0; c < D / 16; c++) {
-        uint32_t b[4];
-        ldmatrix_transposed(b, v + rows.at(16 * j, c));
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-          mma<T>(o[i][2 * c], p[i], b[0], b[1]);
-          mma<T>(o[i][2 * c + 1], p[i], b[2], b[3]);
-        }
-      }
-    }
+    multiply_columns<T, D, MT, N>(o, s, v, rows);
   }
 
   template <int N>
-  __device__ __forceinline__ void softmax(float (&s)[2][N / 8][4]) {
-    float top[4];
+  __device__ __forceinline__ void softmax(float (&s)[MT][N / 8][4]) {
+    float top[n_row];
     bool grown = false;
 #pragma unroll
-    for (int r = 0; r < 4; r++) {
+    for (int r = 0; r < n_row; r++) {
       const int i = r / 2, e = r % 2 * 2;
       float x = fmaxf(s[i][0][e], s[i][0][e + 1]);
 #pragma unroll
@@ -134,7 +92,7 @@ struct ForwardWarp {
     }
     if (__any_sync(0xffffffffu, grown)) {
 #pragma unroll
-      for (int r = 0; r < 4; r++) {
+      for (int r = 0; r < n_row; r++) {
         const float to = fmaxf(m[r], top[r]), f = to == m[r] ? 1.0f : exp2_fast(m[r] - to);
         m[r] = to;
         l[r] *= f;
@@ -143,7 +101,7 @@ struct ForwardWarp {
       }
     }
 #pragma unroll
-    for (int r = 0; r < 4; r++) {
+    for (int r = 0; r < n_row; r++) {
       const int i = r / 2, e = r % 2 * 2;
       const float from = m[r] == minus_infinity() ? 0.0f : m[r];  // no visible key so far: all 2^-inf
       float sum0 = 0.0f, sum1 = 0.0f;
@@ -157,8 +115,11 @@ struct ForwardWarp {
   }
 };
 
-template <class T, int D, bool kKeepQ>
-__global__ void __launch_bounds__(n_thread, 2) attention_fwd_kernel(const __grid_constant__ Attention a, float scale2) {
+template <class C>
+__global__ void __launch_bounds__(C::threads, C::per_sm)
+    attention_fwd_kernel(const __grid_constant__ Attention a, float scale2) {
+  using T = typename C::T;
+  constexpr int D = C::D, MT = C::MT, warp_rows = C::warp_rows, n_thread = C::threads;
   const int head = static_cast<int>(blockIdx.x) % a.n_head;
   const Tile tile = find_tile(a, static_cast<int>(blockIdx.x) / a.n_head, tile_rows);
   if (tile.seq < 0) return;
@@ -187,19 +148,27 @@ __global__ void __launch_bounds__(n_thread, 2) attention_fwd_kernel(const __grid
   copy_rows_async<D, tile_rows, n_thread>(q_shared, q, a.ldq, n_row, tid);
   if (i >= 0) copy_block(i, 0);
   const int warp_row = warp * warp_rows, first_row = tile.row + warp_row;
-  ForwardWarp<T, D, kKeepQ> w(q_shared + static_cast<uint32_t>(warp_row * RowLayout<D>::bytes), scale2, lane);
+  ForwardWarp<C> w(q_shared + static_cast<uint32_t>(warp_row * RowLayout<D>::bytes), scale2, lane);
   cp_async_wait<0>();
   __syncthreads();
-  w.load_q();
+  w.q.load(w.rows);
   while (i >= 0) {
     if (i > 0) copy_block(i - 1, stage ^ 1);
     const int first = i * key_block, seen = min(n_key, first_row + warp_rows + seq.shift) - first;
     const uint32_t ks = kv_shared + static_cast<uint32_t>(stage) * 2 * stage_bytes, vs = ks + stage_bytes;
     const int first_hidden = first_row + seq.shift + 1 - first;
-    if (warp_row < n_row && seen > 0) {
-      if (first_hidden >= key_block) w.template step<key_block, false>(ks, vs, 0);
-      else if (seen <= 32) w.template step<32, true>(ks, vs, first_hidden);
-      else w.template step<key_block, true>(ks, vs, first_hidden);
+    if (warp_row < n_row && first_hidden >= key_block) {
+#pragma unroll 1
+      for (int part = 0; part < key_block; part += C::step) {
+        const auto at = static_cast<uint32_t>(part * RowLayout<D>::bytes);
+        w.template step<C::step, false>(ks + at, vs + at, 0);
+      }
+    } else if (warp_row < n_row) {
+#pragma unroll 1
+      for (int part = 0; part < seen && part < key_block; part += 32) {
+        const auto at = static_cast<uint32_t>(part * RowLayout<D>::bytes);
+        w.template step<32, true>(ks + at, vs + at, first_hidden - part);
+      }
     }
     if (i-- == 0) break;
     stage ^= 1;
@@ -208,9 +177,9 @@ __global__ void __launch_bounds__(n_thread, 2) attention_fwd_kernel(const __grid
   }
 
   if (warp_row >= n_row) return;
-  float inverse[4];
+  float inverse[2 * MT];
 #pragma unroll
-  for (int r = 0; r < 4; r++) {
+  for (int r = 0; r < 2 * MT; r++) {
     float l = w.l[r];
     l += __shfl_xor_sync(0xffffffffu, l, 1);
     l += __shfl_xor_sync(0xffffffffu, l, 2);
@@ -220,27 +189,26 @@ __global__ void __launch_bounds__(n_thread, 2) attention_fwd_kernel(const __grid
       a.lse[static_cast<int64_t>(seq.q0 + tile.row + row) * a.n_head + head] = (w.m[r] + log2f(l)) * ln_2;
   }
   T* out = static_cast<T*>(a.out) + (seq.q0 + first_row) * a.ldo + head * D;
-  store_rows<D, 2>(out, a.ldo, n_row - warp_row, shared + warp_row * RowLayout<D>::bytes, lane, w.o, inverse);
+  store_rows<D, MT>(out, a.ldo, n_row - warp_row, shared + warp_row * RowLayout<D>::bytes, lane, w.o, inverse);
 }
 
-template <class T, int D, bool kKeepQ = D <= 96>
+template <class C>
 void launch(const Context& ctx, const Attention& a) {
-  const auto kernel = attention_fwd_kernel<T, D, kKeepQ>;
-  static const cudaError_t once =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes<D>);
+  const auto kernel = attention_fwd_kernel<C>;
+  static const cudaError_t once = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::shared);
   MM_CUDA_CHECK(once);
   const auto blocks = static_cast<unsigned>(tile_grid(a, tile_rows) * a.n_head);
-  kernel<<<blocks, n_thread, shared_bytes<D>, ctx.stream>>>(a, a.scale * log2_e);
+  kernel<<<blocks, C::threads, C::shared, ctx.stream>>>(a, a.scale * log2_e);
   MM_CUDA_LAUNCHED();
 }
 
 template <class T>
 void launch_for_width(const Context& ctx, const Attention& a) {
   switch (a.d_head) {
-    case 32: return launch<T, 32>(ctx, a);
-    case 64: return launch<T, 64>(ctx, a);
-    case 96: return launch<T, 96>(ctx, a);
-    case 128: return launch<T, 128>(ctx, a);
+    case 32: return launch<ForwardShape<T, 32, 2, 64, true, 2>>(ctx, a);
+    case 64: return launch<ForwardShape<T, 64, 2, 32, false, 3>>(ctx, a);
+    case 96: return launch<ForwardShape<T, 96, 2, 64, false, 2>>(ctx, a);
+    case 128: return launch<ForwardShape<T, 128, 2, 32, false, 2>>(ctx, a);
     default: fail("attention", "d_head is not 32, 64, 96 or 128", __FILE__, __LINE__);
   }
 }
