@@ -12,7 +12,7 @@ args=(-p build/release --quiet --extra-arg=-fno-openmp --extra-arg=-Wno-unknown-
       --extra-arg=-Wno-unused-command-line-argument --extra-arg=-Wno-ignored-optimization-argument)
 settings=$(cat .clang-tidy scripts/tidy.sh $(git ls-files -co --exclude-standard 'src/*.h') | sha256sum)
 if [ $# -eq 0 ]; then
-  mapfile -t files < <(git ls-files -co --exclude-standard 'src/*.cpp' | grep -v '_test\.cpp$')
+  mapfile -t files < <(git ls-files -co --exclude-standard 'src/*.cpp' | grep -vE '_test\.cpp$|^src/kernels/cuda/')
 else
   files=("$@")
 fi

@@ -5,9 +5,11 @@
 #include "base/error.h"
 #include "base/progress.h"
 #include "engine/stop_matcher.h"
+#include "kernels/graph_cache.h"
 #include "model/forward.h"
 #include "model/kv_cache.h"
 #include "model/lm_head.h"
+#include "tensor/host_copy.h"
 #include "text/stream_decoder.h"
 
 namespace mm {
@@ -53,6 +55,7 @@ struct Generator::Impl {
   std::vector<TokenLogprob> top;
   std::vector<std::vector<int32_t>> held;  // [slot] ids whose keys and values may be reused
   std::vector<Sequence> active;
+  GraphCache graphs;                       // GPU: decode steps by number of sequences
   std::vector<int32_t> rows;         // of the batch, whose logits are wanted
   std::vector<Sequence*> row_owner;  // [rows]
 
@@ -134,10 +137,23 @@ void Generator::Impl::forward_step() {
     rows.push_back(static_cast<int32_t>(batch.n_tok() - 1));
     row_owner.push_back(&s);
   }
-  forward(options.device, model, batch, acts, &cache);
+  const Device& dev = options.device;
+  const bool decodes = static_cast<int64_t>(rows.size()) == batch.n_tok();
+  if (dev.on_gpu() && decodes && batch.n_tok() <= head.max_rows()) {  // one token each, all of them wanted
+    check_batch(model, batch, &cache);
+    acts.stage.stage(dev, batch, &cache);
+    graphs.run(dev, {batch.n_tok(), 0}, [&] {
+      forward_staged(dev, model, acts, &cache);
+      head.project(dev, model, acts.h);
+    });
+    const std::vector<float> values = host_floats(dev, head.projected(batch.n_tok()));
+    std::copy(values.begin(), values.end(), logits_buffer.f32());
+    return;
+  }
+  forward(dev, model, batch, acts, &cache);
   if (rows.empty()) return;
   const View out(logits_buffer.data(), DType::f32, {static_cast<int64_t>(rows.size()), model.config.vocab_size});
-  head.logits(options.device, model, acts.h, rows, out);
+  head.logits(dev, model, acts.h, rows, out);
 }
 
 void Generator::Impl::take_token(Sequence& s, std::span<const float> logits, GenerateResult& result,

@@ -55,6 +55,8 @@ void attention_fwd(const Device& dev, const Attention& args);
 void attention_bwd(const Device& dev, const Attention& fwd, View dout, View dq, View dk, View dv);
 
 void swiglu_fwd(const Device& dev, View act, View gate_up);                  // act [n, f], gate_up [n, 2 f]
+// gate_up = x w^T and act from it; on a Hopper GPU in one kernel
+void linear_swiglu_fwd(const Device& dev, View gate_up, View act, View x, View w);
 // dgate_up may be gate_up itself; act is computed again on the way
 void swiglu_bwd(const Device& dev, View dgate_up, View act, View dact, View gate_up);
 

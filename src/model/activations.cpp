@@ -34,7 +34,6 @@ void Activations::plan(Arena& arena, const ModelConfig& c, int64_t n, bool train
       a.h_mid = arena.take(t, {n, d});
       a.q = arena.take(t, {n, c.q_width()});
       a.k = arena.take(t, {n, c.kv_width()});
-      a.act = arena.take(t, {pairs, ffn});
     }
     if (c.is_moe()) {
       a.scores = arena.take(f, {n, c.num_experts});
@@ -80,18 +79,18 @@ void Activations::plan(Arena& arena, const ModelConfig& c, int64_t n, bool train
   }
   const size_t attention_end = arena.used();
   arena.rewind(mark);
-  if (!keep_all) scratch.act = arena.take(t, {pairs, ffn});
+  scratch.act = arena.take(t, {pairs, ffn});
   if (!keep_gate_up) scratch.gate_up = arena.take(t, {pairs, 2 * ffn});
   if (train) dact = arena.take(t, {pairs, ffn});
   if (arena.used() < attention_end) arena.rewind(attention_end);
   for (LayerActs& a : layers) {
     if (!keep_gate_up) a.gate_up = scratch.gate_up;
+    a.act = scratch.act;
     if (keep_all) continue;
     a.h_in = scratch.h_in;
     a.h_mid = scratch.h_mid;
     a.q = scratch.q;
     a.k = scratch.k;
-    a.act = scratch.act;
   }
 }
 

@@ -12,8 +12,8 @@
 namespace mm {
 
 // How much of a layer's forward pass backward computes again instead of keeping it.
-//   none:  nothing; normed inputs, rotated q and k and silu(gate) * up are kept too
-//   cheap: those, which cost memory traffic but no matrix product (the default)
+//   none:  nothing but silu(gate) * up, which backward of that op gets almost for free
+//   cheap: normed inputs, rotated q and k too, which cost memory traffic but no matrix product (the default)
 //   ffn:   gate_up as well, the largest of all: one product more a layer
 enum class Recompute { none, cheap, ffn };
 Recompute recompute_from_name(const std::string& name);  // Error on an unknown one

@@ -111,8 +111,7 @@ void ffn_forward(const Device& dev, const ModelConfig& c, const LayerViews& w, A
     moe_forward(dev, c, w, a, acts, x_out, a.x_mid);
     return;
   }
-  ops::linear_fwd(dev, a.gate_up, a.h_mid, w.gate_up);
-  ops::swiglu_fwd(dev, a.act, a.gate_up);
+  ops::linear_swiglu_fwd(dev, a.gate_up, a.act, a.h_mid, w.gate_up);
   ops::linear_fwd(dev, x_out, a.act, w.down, a.x_mid);
 }
 

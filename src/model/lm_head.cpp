@@ -125,6 +125,12 @@ void LmHead::gpu_backward(const Device& dev, const Model& model, View h, const i
   }
 }
 
+View LmHead::project(const Device& dev, const Model& model, View h) {
+  MM_CHECK(h.rows() <= chunk_);
+  ops::linear_fwd(dev, chunk_logits(h.rows()), h, model.weights.head);
+  return chunk_logits(h.rows());
+}
+
 void LmHead::logits(const Device& dev, const Model& model, View h, const std::vector<int32_t>& rows, View out) {
   const auto n = static_cast<int64_t>(rows.size());
   for (int64_t first = 0; first < n; first += chunk_) {
@@ -137,8 +143,7 @@ void LmHead::logits(const Device& dev, const Model& model, View h, const std::ve
     }
     copy_async(gpu_lists_.data(), rows.data() + first, static_cast<size_t>(count) * 4, dev.stream);
     ops::gather_rows(dev, hidden, h, static_cast<const int32_t*>(gpu_lists_.data()));
-    ops::linear_fwd(dev, chunk_logits(count), hidden, model.weights.head);
-    const std::vector<float> values = host_floats(dev, chunk_logits(count));
+    const std::vector<float> values = host_floats(dev, project(dev, model, hidden));
     std::copy(values.begin(), values.end(), to.f32());
   }
 }

@@ -33,6 +33,11 @@ class LmHead {
   // Logits of chosen rows of h: out [rows.size(), n_vocab], fp32 on the host.
   void logits(const Device& dev, const Model& model, View h, const std::vector<int32_t>& rows, View out);
 
+  // GPU: the logits of all rows of h, at most max_rows() of them; the view is of this object's scratch. Does not wait.
+  View project(const Device& dev, const Model& model, View h);
+  View projected(int64_t n) const { return chunk_logits(n); }  // what project() of n rows left, also by a replayed graph
+  int64_t max_rows() const { return chunk_; }
+
  private:
   template <class F>
   void for_each_chunk(const Device& dev, const Model& model, View h, const std::vector<int32_t>& targets, F&& f);

@@ -4,7 +4,6 @@
 #include <cmath>
 #include <cstddef>
 #include <limits>
-#include <optional>
 
 #include "base/error.h"
 #include "kernels/ops.h"
@@ -57,14 +56,6 @@ struct GpuStep::Numbers {
   cuda::AdamWState optimizer{};
 };
 
-struct GpuStep::Graphs {
-  struct Entry {
-    bool seen = false;
-    std::optional<cuda::Graph> graph;
-  };
-  std::map<std::pair<int64_t, int64_t>, Entry> by_shape;  // tokens, attention tiles
-};
-
 static constexpr size_t n_slots = 4;
 
 GpuStep::GpuStep(Model& model, const Device& dev, const StepOptions& options, ParamBuffer& m, ParamBuffer& v)
@@ -78,8 +69,7 @@ GpuStep::GpuStep(Model& model, const Device& dev, const StepOptions& options, Pa
       v_(model.config, model.table, DType::f32, Memory::cuda),
       numbers_(sizeof(Numbers), Memory::cuda),
       rates_(n_slots * sizeof(cuda::AdamWState), Memory::pinned),
-      rate_fences_(n_slots),
-      graphs_(std::make_unique<Graphs>()) {
+      rate_fences_(n_slots) {
   if (dev.act != DType::f32) master_ = ParamBuffer(model.config, model.table, DType::f32, Memory::cuda);
   for (size_t i = 0; i < n_slots; i++) free_.push_back({Buffer(sizeof(Numbers), Memory::pinned), Fence(), {}});
   push();
@@ -109,20 +99,16 @@ void GpuStep::pass(const TokenBatch& b, const StepTotals& totals, Activations& a
                    DropoutKey key) {
   check_batch(*replica_, b);
   CrossEntropy::gradient(b, totals.weight, g_);
-  const bool graph = options_.graph && model_.config.dropout == 0 && dev_.profiler == nullptr;
+  // Padding would take part in the balance loss: with experts only full passes are captured.
+  const bool full = b.n_tok() == acts.max_tok();
+  const bool graph = options_.graph && model_.config.dropout == 0 && dev_.profiler == nullptr &&
+                     (full || !model_.config.is_moe());
   const StagedBatch& staged = acts.stage.stage(dev_, b, nullptr, g_, totals.share(b), graph);
   if (!graph) {
     launches(acts, head, grads, key);
     return;
   }
-  Graphs::Entry& e = graphs_->by_shape[{staged.n_tok, staged.max_tiles}];
-  if (!e.seen) {  // not captured at once: matrix products of new shapes are timed now
-    e.seen = true;
-    launches(acts, head, grads, key);
-    return;
-  }
-  if (!e.graph) e.graph.emplace(cuda::Graph::capture(*dev_.cuda, [&] { launches(acts, head, grads, key); }));
-  e.graph->launch(*dev_.cuda);
+  graphs_.run(dev_, {staged.n_tok, staged.max_tiles}, [&] { launches(acts, head, grads, key); });
 }
 
 void GpuStep::begin(const std::vector<TokenBatch>& micro_batches, Activations& acts, LmHead& head, ParamBuffer& grads,
@@ -214,7 +200,6 @@ void GpuStep::push() {
 #else  // a build without CUDA never makes one
 
 struct GpuStep::Numbers {};
-struct GpuStep::Graphs {};
 GpuStep::GpuStep(Model& model, const Device& dev, const StepOptions& options, ParamBuffer& m, ParamBuffer& v)
     : model_(model), dev_(dev), options_(options), host_m_(m), host_v_(v) {
   MM_CHECK(false, "a build without CUDA");

@@ -3,10 +3,10 @@
 
 #include <deque>
 #include <functional>
-#include <map>
 #include <memory>
 #include <vector>
 
+#include "kernels/graph_cache.h"
 #include "train/train_step.h"
 
 namespace mm {
@@ -62,8 +62,7 @@ class GpuStep {
   size_t rate_turn_ = 0;
   std::vector<float> g_;
   std::deque<Slot> slots_, free_;
-  struct Graphs;
-  std::unique_ptr<Graphs> graphs_;
+  GraphCache graphs_;
 };
 
 // Cuts a batch between sequences into parts of at most max_tok tokens.

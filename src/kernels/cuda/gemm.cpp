@@ -14,6 +14,7 @@
 #include "base/json.h"
 #include "base/log.h"
 #include "kernels/cuda/cuda_check.h"
+#include "kernels/cuda/hopper_gemm.h"
 #include "tensor/memory.h"
 
 namespace mm::cuda {
@@ -21,7 +22,7 @@ namespace mm::cuda {
 namespace {
 
 constexpr size_t workspace = size_t{32} << 20;  // NVIDIA's advice for Hopper
-constexpr int candidates = 12, timed_runs = 6;
+constexpr int candidates = 24, timed_runs = 6;
 
 #define MM_CUBLASLT_FUNCTIONS(X)                                                                                     \
   X(cublasLtCreate)                                                                                                  \
@@ -107,8 +108,37 @@ std::string cache_dir() {
   return home == nullptr || home[0] != '/' ? "" : path_join(home, ".cache/minimind");
 }
 
+// The same product by our own kernel.
+HopperGemm own_form(const GemmShape& g, void* d, const void* a, const void* b, const void* c) {
+  HopperGemm h;
+  h.layout = g.trans_a ? GemmLayout::wgrad : g.trans_b ? GemmLayout::fwd : GemmLayout::dgrad;
+  h.a = a;
+  h.b = b;
+  h.out = d;
+  h.m = g.m;
+  h.n = g.n;
+  h.k = g.k;
+  h.lda = g.lda;
+  h.ldb = g.ldb;
+  h.ldo = g.ldd;
+  if (g.add_c && !g.trans_a) {
+    h.epilogue = GemmEpilogue::residual;
+    h.residual = c;
+    h.ldr = g.ldc;
+  }
+  return h;
+}
+
+bool own_fits(const Context& ctx, const GemmShape& g, void* d, const void* a, const void* b, const void* c) {
+  if (g.in != DType::bf16 || (g.trans_a && g.trans_b)) return false;
+  // Its weight gradients add to c in place, in fp32; the other forms are bf16.
+  if (g.trans_a ? g.out != DType::f32 || !g.add_c || c != d : g.out != DType::bf16) return false;
+  return hopper_gemm_fits(ctx, own_form(g, d, a, b, c));
+}
+
 // cuBLASLt thinks in columns: a row-major matrix is its transpose there, so D^T = op(B)^T op(A)^T.
 struct Plan {
+  bool own = false;  // by hopper_gemm
   cublasLtMatmulDesc_t op = nullptr;
   cublasLtMatrixLayout_t a = nullptr, b = nullptr, c = nullptr, d = nullptr;  // a is our B
   cublasLtMatmulAlgo_t algo{};
@@ -154,6 +184,10 @@ struct Gemm::Impl {
 
   cublasStatus_t launch(const GemmShape& g, const Plan& p, const cublasLtMatmulAlgo_t& algo, void* d, const void* a,
                         const void* b, const void* c) {
+    if (p.own) {
+      hopper_gemm(ctx, own_form(g, d, a, b, c));
+      return CUBLAS_STATUS_SUCCESS;
+    }
     const float one = 1.0f, beta = g.add_c ? 1.0f : 0.0f;
     return lib.cublasLtMatmul(handle, p.op, &one, b, p.a, a, p.b, &beta, g.add_c ? c : d, p.c, d, p.d, &algo, space,
                               workspace, ctx.stream);
@@ -200,26 +234,31 @@ struct Gemm::Impl {
     return algos;
   }
 
-  // The fastest of the proposals by the median of a few runs, into memory of its own so that `+=` stays harmless.
-  cublasLtMatmulAlgo_t fastest(const GemmShape& g, const Plan& p, const std::vector<cublasLtMatmulAlgo_t>& algos,
-                               const void* a, const void* b) {
+  // Chooses the fastest of the proposals and, where it fits, our own kernel, by the median of a few runs; into memory of
+  // its own so that `+=` stays harmless.
+  void choose(const GemmShape& g, Plan& p, const std::vector<cublasLtMatmulAlgo_t>& algos, bool own, const void* a,
+              const void* b) {
     const size_t bytes = static_cast<size_t>(g.m * std::max(g.ldd, g.ldc)) * dtype_size(g.out);
+    p.algo = algos.front();
     void* d = nullptr;
     if (cudaMalloc(&d, bytes) != cudaSuccess) {
       (void)cudaGetLastError();
-      return algos.front();
+      return;
     }
     cudaMemsetAsync(d, 0, bytes, ctx.stream);
     cudaEvent_t start = nullptr, stop = nullptr;
     cudaEventCreate(&start);
     cudaEventCreate(&stop);
     size_t best = 0;
-    float best_ms = 1e30f;
-    for (size_t i = 0; i < algos.size(); i++) {
+    float best_ms = 1e30f, best_lt_ms = 1e30f;
+    for (size_t i = 0; i < algos.size() + (own ? 1 : 0); i++) {
+      Plan trial = p;
+      trial.own = i == algos.size();
+      if (!trial.own) trial.algo = algos[i];
       std::vector<float> ms;
       for (int r = 0; r < timed_runs; r++) {
         cudaEventRecord(start, ctx.stream);
-        if (launch(g, p, algos[i], d, a, b, d) != CUBLAS_STATUS_SUCCESS) break;
+        if (launch(g, trial, trial.algo, d, a, b, d) != CUBLAS_STATUS_SUCCESS) break;
         cudaEventRecord(stop, ctx.stream);
         if (cudaEventSynchronize(stop) != cudaSuccess) break;
         float t = 0;
@@ -228,19 +267,23 @@ struct Gemm::Impl {
       }
       if (static_cast<int>(ms.size()) < timed_runs - 1) continue;
       std::sort(ms.begin(), ms.end());
-      if (ms[ms.size() / 2] < 0.98f * best_ms) best_ms = ms[ms.size() / 2], best = i;
+      const float median = ms[ms.size() / 2];
+      if (!trial.own) best_lt_ms = std::min(best_lt_ms, median);
+      if (median < 0.98f * best_ms) best_ms = median, best = i;
     }
     cudaEventDestroy(start);
     cudaEventDestroy(stop);
     cudaFree(d);
     MM_CUDA_CHECK(cudaGetLastError());
-    log_debug("product {}: candidate {} of {}, {:.3f} ms, {:.0f} TFLOP/s", key_of(g), best + 1, algos.size(), best_ms,
-              2e-9 * static_cast<double>(g.m * g.n * g.k) / best_ms);
-    return algos[best];
+    p.own = best == algos.size();
+    if (!p.own) p.algo = algos[best];
+    log_debug("product {}: {} of {} (own kernel: {}), {:.4f} ms, {:.0f} TFLOP/s; best of cuBLASLt {:.4f} ms", key_of(g),
+              best + 1, algos.size(), own ? p.own ? "taken" : "slower" : "does not fit", best_ms,
+              2e-9 * static_cast<double>(g.m * g.n * g.k) / best_ms, best_lt_ms);
   }
 
-  void remember(const GemmShape& g, const cublasLtMatmulAlgo_t& algo) {
-    cache[key_of(g)] = hex_of(algo);
+  void remember(const GemmShape& g, const Plan& p) {
+    cache[key_of(g)] = p.own ? "own" : hex_of(p.algo);
     if (cache_path.empty()) return;
     try {
       make_dirs(std::filesystem::path(cache_path).parent_path().string());
@@ -251,12 +294,17 @@ struct Gemm::Impl {
     }
   }
 
-  const Plan& plan(const GemmShape& g, const void* a, const void* b) {
+  const Plan& plan(const GemmShape& g, void* d, const void* a, const void* b, const void* c) {
     if (const auto it = plans.find(g); it != plans.end()) return it->second;
+    const bool own = own_fits(ctx, g, d, a, b, c);
     Plan p = make(g);
     try {
       cublasLtMatmulHeuristicResult_t checked{};
       const auto known = cache.find(key_of(g));
+      if (own && known != cache.end() && *known == "own") {
+        p.own = true;
+        return plans.emplace(g, p).first->second;
+      }
       if (known != cache.end() && known->is_string() && from_hex(known->get<std::string>(), p.algo) &&
           lib.cublasLtMatmulAlgoCheck(handle, p.op, p.a, p.b, p.c, p.d, &p.algo, &checked) == CUBLAS_STATUS_SUCCESS &&
           checked.workspaceSize <= workspace) {
@@ -267,8 +315,11 @@ struct Gemm::Impl {
       MM_CUDA_CHECK(cudaStreamIsCapturing(ctx.stream, &capturing));
       // Products of a few microseconds are not worth the wait, nor can a capture time anything.
       const bool timed = capturing == cudaStreamCaptureStatusNone && g.m * g.n * g.k >= int64_t{1} << 27;
-      p.algo = timed ? fastest(g, p, algos, a, b) : algos.front();
-      if (timed) remember(g, p.algo);
+      p.algo = algos.front();
+      if (timed) {
+        choose(g, p, algos, own, a, b);
+        remember(g, p);
+      }
     } catch (...) {
       destroy(p);
       throw;
@@ -283,7 +334,7 @@ size_t Gemm::workspace_bytes() { return workspace; }
 
 void Gemm::run(const GemmShape& g, void* d, const void* a, const void* b, const void* c) {
   if (g.m == 0 || g.n == 0) return;
-  const Plan& p = impl_->plan(g, a, b);
+  const Plan& p = impl_->plan(g, d, a, b, c);
   require(impl_->launch(g, p, p.algo, d, a, b, c), "product", g);
 }
 

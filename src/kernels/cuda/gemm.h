@@ -1,6 +1,6 @@
-// Matrix products by cuBLASLt. The library is opened at run time (a program without a GPU needs none), plans are kept by
-// shape, and the algorithm of a new shape is chosen by timing the library's candidates once; the choice is kept on disk
-// ($XDG_CACHE_HOME/minimind), so that the next run computes with the same bits.
+// Matrix products by cuBLASLt or by our own Hopper kernel. The library is opened at run time (a program without a GPU
+// needs none), plans are kept by shape, and the algorithm of a new shape is chosen by timing the library's candidates and
+// our own once; the choice is kept on disk ($XDG_CACHE_HOME/minimind), so that the next run computes with the same bits.
 #pragma once
 
 #include <cstdint>

@@ -47,14 +47,22 @@ CUtensorMap tensor_map(const void* p, int64_t width, int64_t rows, int64_t ld, i
   return map;
 }
 
-void launch(const Context& ctx, void (*kernel)(GemmParams), int blocks, size_t shared, const GemmParams& p) {
-  MM_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+// cluster: in pairs of blocks; otherwise after the kernel before, whose blocks make room as they leave.
+void launch(const Context& ctx, void (*kernel)(GemmParams), dim3 blocks, unsigned threads, size_t shared,
+            const GemmParams& p, bool cluster) {
+  if (shared > 0)
+    MM_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
   cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {2, 1, 1};
+  if (cluster) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = 2, attribute.val.clusterDim.y = 1, attribute.val.clusterDim.z = 1;
+  } else {
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(384);
+  config.gridDim = blocks;
+  config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared;
   config.stream = ctx.stream;
   config.attrs = &attribute;
@@ -65,7 +73,7 @@ void launch(const Context& ctx, void (*kernel)(GemmParams), int blocks, size_t s
 template <int kN>
 void run(const Context& ctx, const HopperGemm& g, GemmParams& p) {
   const bool k_major = g.layout == GemmLayout::fwd;
-  const int clusters = ctx.n_sm / 2;
+  const auto clusters = static_cast<unsigned>(ctx.n_sm / 2);
   constexpr size_t kShared = GemmTile<kN>::shared_bytes;
   if (g.layout == GemmLayout::wgrad) {
     p.a = tensor_map(g.a, g.m, g.k, g.lda, 1, 0, 64);
@@ -73,57 +81,39 @@ void run(const Context& ctx, const HopperGemm& g, GemmParams& p) {
     SegmentPlan& plan = p.plan;
     plan.experts = p.experts;
     plan.tiles = static_cast<int>(div_up(g.m, 256) * div_up(g.n, kN));
-    plan.clusters = clusters;
-    const int steps = static_cast<int>(div_up(g.k, kGemmBlockK));
-    if (g.offset == nullptr && plan.tiles <= clusters) {
-      plan.groups = clusters / plan.tiles;
-      const int rest = clusters - plan.groups * plan.tiles;
-      // A rest worth its own clusters, and long enough?
-      plan.chunk = static_cast<int>(div_up(static_cast<int64_t>(plan.tiles) * steps, clusters));
-      if (rest * 20 < clusters || (steps - plan.groups * plan.chunk) * 16 < steps) {
-        plan.clusters = plan.groups * plan.tiles;
-        plan.chunk = static_cast<int>(div_up(steps, plan.groups));
-      }
-      if (plan.chunk < 8 || (plan.groups - 1) * plan.chunk >= steps) {
-        plan.clusters = clusters;
-        plan.groups = plan.chunk = 0;
-      }
-    }
+    plan.clusters = static_cast<int>(clusters);
+    if (g.offset == nullptr) make_dense_plan(plan, static_cast<int>(div_up(g.k, kGemmBlockK)));
     const size_t need = static_cast<size_t>(plan.slots()) * 256 * kN * sizeof(float);
     if (need > ctx.scratch_bytes) fail("scratch memory", "too small", __FILE__, __LINE__);
     p.partial = static_cast<float*>(ctx.scratch);
-    launch(ctx, hopper_gemm_kernel<kN, GemmLayout::wgrad, GemmKind::add_f32, false>, 2 * plan.clusters, kShared, p);
+    launch(ctx, hopper_gemm_kernel<kN, GemmLayout::wgrad, GemmKind::add_f32, false>, dim3(2 * clusters), 384, kShared, p,
+           true);
     if (plan.slots() == 0) return;
-    hopper_gemm_add_slots<kN>
-        <<<dim3(static_cast<unsigned>(plan.tiles), 16, static_cast<unsigned>(g.n_expert)), 128, 0, ctx.stream>>>(p);
-    MM_CUDA_LAUNCHED();
+    launch(ctx, hopper_gemm_add_slots<kN>,
+           dim3(static_cast<unsigned>(plan.tiles), 16, static_cast<unsigned>(p.experts.n_expert)), 128, 0, p, false);
     return;
   }
   p.a = tensor_map(g.a, g.k, g.m, g.lda, 1, 0, 128);
   p.b = k_major ? tensor_map(g.b, g.k, g.n, g.ldb, g.n_expert, g.stride, kN / 2)
                 : tensor_map(g.b, g.n, g.k, g.ldb, g.n_expert, g.stride, 32);
+  const auto start = [&](auto kernel) { launch(ctx, kernel, dim3(2 * clusters), 384, kShared, p, true); };
   if (g.epilogue == GemmEpilogue::swiglu) {
-    if constexpr (kN == 256) {
-      launch(ctx,
-             g.defer != 0 ? hopper_gemm_kernel<kN, GemmLayout::fwd, GemmKind::swiglu, true>
-                          : hopper_gemm_kernel<kN, GemmLayout::fwd, GemmKind::swiglu, false>,
-             2 * clusters, kShared, p);
-    }
+    if constexpr (kN == 256)
+      start(g.defer ? hopper_gemm_kernel<kN, GemmLayout::fwd, GemmKind::swiglu, true>
+                    : hopper_gemm_kernel<kN, GemmLayout::fwd, GemmKind::swiglu, false>);
   } else if (g.epilogue == GemmEpilogue::residual) {
-    launch(ctx,
-           k_major ? hopper_gemm_kernel<kN, GemmLayout::fwd, GemmKind::residual, false>
-                   : hopper_gemm_kernel<kN, GemmLayout::dgrad, GemmKind::residual, false>,
-           2 * clusters, kShared, p);
-  } else if (g.defer != 0) {
-    launch(ctx,
-           k_major ? hopper_gemm_kernel<kN, GemmLayout::fwd, GemmKind::store, true>
-                   : hopper_gemm_kernel<kN, GemmLayout::dgrad, GemmKind::store, true>,
-           2 * clusters, kShared, p);
+    if (g.defer)
+      start(k_major ? hopper_gemm_kernel<kN, GemmLayout::fwd, GemmKind::residual, true>
+                    : hopper_gemm_kernel<kN, GemmLayout::dgrad, GemmKind::residual, true>);
+    else
+      start(k_major ? hopper_gemm_kernel<kN, GemmLayout::fwd, GemmKind::residual, false>
+                    : hopper_gemm_kernel<kN, GemmLayout::dgrad, GemmKind::residual, false>);
+  } else if (g.defer) {
+    start(k_major ? hopper_gemm_kernel<kN, GemmLayout::fwd, GemmKind::store, true>
+                  : hopper_gemm_kernel<kN, GemmLayout::dgrad, GemmKind::store, true>);
   } else {
-    launch(ctx,
-           k_major ? hopper_gemm_kernel<kN, GemmLayout::fwd, GemmKind::store, false>
-                   : hopper_gemm_kernel<kN, GemmLayout::dgrad, GemmKind::store, false>,
-           2 * clusters, kShared, p);
+    start(k_major ? hopper_gemm_kernel<kN, GemmLayout::fwd, GemmKind::store, false>
+                  : hopper_gemm_kernel<kN, GemmLayout::dgrad, GemmKind::store, false>);
   }
 }
 
@@ -189,7 +179,6 @@ void hopper_gemm(const Context& ctx, const HopperGemm& given) {
   p.experts = {g.offset, g.offset == nullptr ? 1 : g.n_expert,
                static_cast<int>(g.layout == GemmLayout::wgrad ? g.k : g.m)};
   if (g.epilogue == GemmEpilogue::swiglu) p.n /= 2;
-  p.skew = std::clamp(g.skew, 0, 2);
   switch (g.tile_n != 0 && g.epilogue != GemmEpilogue::swiglu ? g.tile_n : choose_tile(ctx, g)) {
     case 128: run<128>(ctx, g, p); break;
     case 192: run<192>(ctx, g, p); break;

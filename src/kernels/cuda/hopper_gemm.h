@@ -36,11 +36,8 @@ struct HopperGemm {
   const int32_t* offset = nullptr;
   int n_expert = 1;
   int64_t stride = 0;
-  // Tuning, as measured when 0 / -1: columns of a tile (256, 192, 128), k-blocks by which the second consumer follows
-  // the first, and whether the stores of a tile wait for the next tile's products.
-  int tile_n = 0;
-  int skew = -1;
-  int defer = -1;
+  int tile_n = 0;      // columns of a tile, 256, 192 or 128; 0: chosen by size
+  bool defer = true;   // false: every tile is stored before the next is begun (slower, for comparison)
 };
 
 // Is the device a Hopper, and are sizes, strides and addresses such as TMA can take (multiples of 16 bytes)?

@@ -5,15 +5,18 @@
 // fwd and dgrad: the tiles (rows of the cluster x columns) are numbered expert by expert, within one by row, columns
 // innermost, so that the clusters at work at one time share the rows they read; cluster c takes c, c + clusters, ...
 //
-// wgrad: few tiles (57 for a 4864 x 768 matrix, 256 x 256 each) but long reductions, so these are cut.
-//  One problem of known length (groups > 0): each tile's reduction is cut into `groups` parts of `chunk` blocks, computed
-//  at the same time by groups * tiles clusters that walk through the rows in step (what one reads the other finds in
-//  the L2 cache), and the rest, shared evenly by the clusters left over:
+// wgrad: few tiles (57 for a 4864 x 768 matrix, 256 x 256 each) but long reductions, so these are cut. Clusters at work
+// at one time should be at about the same rows: what one of them reads the others then find in the L2 cache (without
+// that, all clusters in different places, a grouped wgrad ran at 0.45 of the speed).
+//  One problem of known length: tiles beyond a multiple of the number of clusters are cut into `groups` parts of `chunk`
+//  blocks, computed at the same time by groups * tiles clusters that walk through the rows in step, and the rest, shared
+//  evenly by the clusters left over, the helpers:
 //          rows ->  [ chunk: cluster t ][ chunk: cluster tiles + t ] ... [ rest ]     of tile t
-//  Otherwise (groups = 0): all blocks of all tiles of all experts in one line, cut into equal pieces, one a cluster. A
-//  cluster's piece then begins within a tile, covers some whole ones and ends within another.
+//  Experts (lengths known to the device alone): a unit of work is a tile of an expert, or an equal part of one if the
+//  expert has more rows than a cluster's fair share of all work. Longest units first, each to the cluster that is free
+//  first.
 //  The part of a tile with the first rows is added to the output by the cluster itself; other parts go to a slot of
-//  their own, and a second kernel adds them in the order of the rows.
+//  their own, and a second kernel adds them in the order of the rows. There are no more slots than clusters.
 #pragma once
 
 #include <cstdint>
@@ -71,110 +74,153 @@ struct Segment {
 
 struct SegmentPlan {
   ExpertRows experts;
-  int tiles = 0, clusters = 0, groups = 0, chunk = 0;
+  int tiles = 0, clusters = 0;
+  int whole = 0, groups = 0, chunk = 0, helpers = 0;  // one problem: tiles not cut, then as above
 
-  MM_HD int64_t total() const {
-    int64_t n = 0;
-    for (int e = 0; e < experts.n_expert; e++) n += experts.blocks(e);
-    return n * tiles;
-  }
-  // groups = 0: where cluster c's piece begins. Cuts closer than kSnap blocks to a tile's end are moved there: adding a
-  // tile up costs more than computing so little of it.
-  MM_HD int64_t cut(int c, int64_t all) const {
-    constexpr int kSnap = 4;
-    const int64_t at = all * c / clusters;
-    int64_t base = 0;
-    for (int e = 0; e < experts.n_expert; e++) {
-      const int blocks = experts.blocks(e);
-      const int64_t size = static_cast<int64_t>(blocks) * tiles;
-      if (at < base + size) {
-        const int k = static_cast<int>((at - base) % blocks);
-        return k < kSnap ? at - k : blocks - k < kSnap ? at + blocks - k : at;
-      }
-      base += size;
-    }
-    return all;
-  }
-  // groups > 0: the rest of all tiles is one line, shared by the clusters left over.
+  MM_HD bool grouped() const { return experts.offset != nullptr; }
+  MM_HD int cut_tiles() const { return tiles - whole; }
   MM_HD int rest() const { return experts.blocks(0) - groups * chunk; }
-  MM_HD int rest_clusters() const { return clusters - groups * tiles; }
-  MM_HD int64_t rest_cut(int r) const { return static_cast<int64_t>(rest()) * tiles * r / rest_clusters(); }
-  MM_HD int rest_slot(int tile, int r) const { return (groups - 1) * tiles + tile + r; }
+  MM_HD int64_t rest_cut(int helper) const { return static_cast<int64_t>(rest()) * cut_tiles() * helper / helpers; }
+  MM_HD int rest_slot(int i, int helper) const { return (groups - 1) * cut_tiles() + i + helper; }
   MM_HD int slots() const {
-    if (groups == 0) return clusters;
-    return (groups - 1) * tiles + (rest_clusters() > 0 ? tiles + rest_clusters() : 0);
+    if (grouped()) return clusters;
+    return (groups > 0 ? (groups - 1) * cut_tiles() : 0) + (helpers > 0 ? cut_tiles() + helpers : 0);
+  }
+
+  // Blocks of a cluster's fair share.
+  MM_HD int fair_share() const {
+    int64_t all = 0;
+    for (int e = 0; e < experts.n_expert; e++) all += experts.blocks(e);
+    return static_cast<int>((all * tiles + clusters - 1) / clusters);
+  }
+  MM_HD int parts(int e, int share) const {
+    const int blocks = experts.blocks(e);
+    return blocks * 8 <= share * 9 ? 1 : (blocks + share - 1) / share;
+  }
+};
+
+// Cuts of one problem of `blocks` blocks a tile, for plan.tiles and plan.clusters.
+inline void make_dense_plan(SegmentPlan& plan, int blocks) {
+  constexpr int kShortest = 8;  // blocks worth a slot
+  const int clusters = plan.clusters;
+  plan.whole = plan.tiles / clusters * clusters;
+  const int cut = plan.cut_tiles();
+  if (cut == 0) return;
+  plan.groups = clusters / cut;
+  const int left = clusters - plan.groups * cut;
+  plan.chunk = static_cast<int>((static_cast<int64_t>(cut) * blocks + clusters - 1) / clusters);
+  const int rest = blocks - plan.groups * plan.chunk;
+  if (left * 20 >= clusters && rest * 20 >= blocks && rest >= kShortest) {
+    plan.helpers = left;
+    return;
+  }
+  while (plan.groups > 1 && (blocks / plan.groups < kShortest ||
+                             (plan.groups - 1) * ((blocks + plan.groups - 1) / plan.groups) >= blocks))
+    plan.groups--;
+  plan.chunk = (blocks + plan.groups - 1) / plan.groups;
+}
+
+// A tile of an expert, or part of one, in one word.
+struct Unit {
+  int expert, part, tile;
+  static constexpr int kMaxExperts = 8, kMaxParts = 128, kMaxTiles = 2048;
+  MM_HD uint32_t pack() const { return static_cast<uint32_t>((expert * kMaxParts + part) * kMaxTiles + tile); }
+  MM_HD static Unit unpack(uint32_t u) {
+    const int i = static_cast<int>(u);
+    return {i / kMaxTiles / kMaxParts, i / kMaxTiles % kMaxParts, i % kMaxTiles};
   }
 };
 
 class SegmentWalk {
  public:
-  MM_HD SegmentWalk(const SegmentPlan& plan, int cluster) : p_(plan), cluster_(cluster) {
-    if (p_.groups == 0) {
-      const int64_t all = p_.total();
-      at_ = p_.cut(cluster, all), end_ = p_.cut(cluster + 1, all);
-    } else if (const int r = cluster - p_.groups * p_.tiles; r >= 0) {
-      at_ = p_.rest_cut(r), end_ = p_.rest_cut(r + 1);
-    } else {
-      at_ = 0, end_ = 1;
+  // units: this cluster's, n_units of them (see choose_units); -1: not planned, it takes every clusters-th.
+  MM_HD SegmentWalk(const SegmentPlan& plan, int cluster, const uint32_t* units, int n_units)
+      : p_(plan), units_(units), n_units_(n_units), cluster_(cluster), at_(cluster) {
+    if (p_.grouped()) {
+      share_ = p_.fair_share();
+      if (n_units >= 0) at_ = 0;
     }
   }
-  MM_HD bool next(Segment& s) {
-    if (at_ >= end_) return false;
-    if (p_.groups == 0) {
-      int blocks = p_.experts.blocks(expert_);
-      while (at_ >= base_ + static_cast<int64_t>(blocks) * p_.tiles) {
-        base_ += static_cast<int64_t>(blocks) * p_.tiles;
-        blocks = p_.experts.blocks(++expert_);
-      }
-      const int i = static_cast<int>(at_ - base_), tile = i / blocks, k = i % blocks;
-      const int n = blocks - k < end_ - at_ ? blocks - k : static_cast<int>(end_ - at_);
-      s = {expert_, tile, k, k + n, k > 0 ? cluster_ : -1};
-      at_ += n;
-    } else if (const int r = cluster_ - p_.groups * p_.tiles; r >= 0) {
-      const int len = p_.rest(), tile = static_cast<int>(at_) / len, k = static_cast<int>(at_) % len;
-      const int n = len - k < end_ - at_ ? len - k : static_cast<int>(end_ - at_), first = p_.groups * p_.chunk + k;
-      s = {0, tile, first, first + n, p_.rest_slot(tile, r)};
-      at_ += n;
+  MM_HD bool next(Segment& s) { return p_.grouped() ? next_unit(s) : next_part(s); }
+
+ private:
+  MM_HD bool next_unit(Segment& s) {
+    Unit u;
+    if (n_units_ >= 0) {
+      if (at_ >= n_units_) return false;
+      u = Unit::unpack(units_[at_++]);
+      // Experts come in any order.
+      for (; expert_ < u.expert; expert_++) slot_ += (p_.parts(expert_, share_) - 1) * p_.tiles;
+      for (; expert_ > u.expert; expert_--) slot_ -= (p_.parts(expert_ - 1, share_) - 1) * p_.tiles;
     } else {
-      const int g = cluster_ / p_.tiles, blocks = p_.experts.blocks(0), first = g * p_.chunk;
-      const int last = first + p_.chunk < blocks ? first + p_.chunk : blocks;
-      s = {0, cluster_ % p_.tiles, first, last, g > 0 ? cluster_ - p_.tiles : -1};
-      at_ = end_;
+      for (;; expert_++) {
+        if (expert_ == p_.experts.n_expert) return false;
+        const int parts = p_.parts(expert_, share_), n = p_.experts.blocks(expert_) > 0 ? parts * p_.tiles : 0;
+        if (at_ < base_ + n) break;
+        base_ += n;
+        slot_ += (parts - 1) * p_.tiles;
+      }
+      const int i = static_cast<int>(at_ - base_);
+      u = {expert_, i / p_.tiles, i % p_.tiles};
+      at_ += p_.clusters;
     }
+    const int64_t blocks = p_.experts.blocks(u.expert), parts = p_.parts(u.expert, share_);
+    s = {u.expert, u.tile, static_cast<int>(blocks * u.part / parts), static_cast<int>(blocks * (u.part + 1) / parts),
+         u.part > 0 ? slot_ + (u.part - 1) * p_.tiles + u.tile : -1};
+    return true;
+  }
+  MM_HD bool next_part(Segment& s) {
+    const int blocks = p_.experts.blocks(0), cut = p_.cut_tiles(), helper = cluster_ - p_.groups * cut;
+    if (at_ < p_.whole) {
+      s = {0, static_cast<int>(at_), 0, blocks, -1};
+      at_ += p_.clusters;
+      return true;
+    }
+    if (cut == 0) return false;
+    if (helper < 0) {
+      if (rest_at_ == 0) return false;
+      rest_at_ = 0;  // done after this one
+      const int g = cluster_ / cut, first = g * p_.chunk;
+      s = {0, p_.whole + cluster_ % cut, first, first + p_.chunk < blocks ? first + p_.chunk : blocks,
+           g > 0 ? cluster_ - cut : -1};
+      return true;
+    }
+    if (helper >= p_.helpers) return false;
+    if (rest_at_ < 0) rest_at_ = p_.rest_cut(helper);
+    const int64_t end = p_.rest_cut(helper + 1);
+    if (rest_at_ >= end) return false;
+    const int len = p_.rest(), i = static_cast<int>(rest_at_ / len), k = static_cast<int>(rest_at_ % len);
+    const int n = len - k < end - rest_at_ ? len - k : static_cast<int>(end - rest_at_);
+    const int first = p_.groups * p_.chunk + k;
+    s = {0, p_.whole + i, first, first + n, p_.rest_slot(i, helper)};
+    rest_at_ += n;
     return true;
   }
 
- private:
   SegmentPlan p_;
-  int cluster_, expert_ = 0;
-  int64_t at_ = 0, end_ = 0, base_ = 0;
+  const uint32_t* units_;
+  int n_units_, cluster_, expert_ = 0, share_ = 0, slot_ = 0;
+  int64_t at_, base_ = 0, rest_at_ = -1;
 };
 
 // The slots of one tile of one expert, in the order of the rows: calls f(slot).
 template <class F>
 MM_HD void for_slots(const SegmentPlan& p, int expert, int tile, F&& f) {
-  if (p.groups == 0) {
-    int64_t first = 0;
-    for (int e = 0; e < expert; e++) first += static_cast<int64_t>(p.experts.blocks(e)) * p.tiles;
-    const int blocks = p.experts.blocks(expert);
-    if (blocks == 0) return;
-    first += static_cast<int64_t>(tile) * blocks;
-    const int64_t last = first + blocks, all = p.total();
-    int c = static_cast<int>(first * p.clusters / all) - 1;
-    for (c = c < 0 ? 0 : c; c < p.clusters; c++) {
-      const int64_t at = p.cut(c, all);
-      if (at >= last) return;
-      // Two clusters may begin at one place when there is less work than clusters: the last of them has it.
-      if (at > first && p.cut(c + 1, all) > at) f(c);
-    }
+  if (p.grouped()) {
+    const int share = p.fair_share(), parts = p.parts(expert, share);
+    if (parts == 1) return;
+    int slot = tile;
+    for (int e = 0; e < expert; e++) slot += (p.parts(e, share) - 1) * p.tiles;
+    for (int i = 1; i < parts; i++, slot += p.tiles) f(slot);
     return;
   }
-  for (int g = 1; g < p.groups; g++) f((g - 1) * p.tiles + tile);
-  if (p.rest_clusters() <= 0) return;
-  const int64_t len = p.rest(), first = len * tile;
-  for (int r = 0; r < p.rest_clusters(); r++) {
+  const int i = tile - p.whole;
+  if (i < 0) return;
+  for (int g = 1; g < p.groups; g++) f((g - 1) * p.cut_tiles() + i);
+  const int64_t len = p.rest(), first = len * i;
+  for (int r = 0; r < p.helpers; r++) {
     const int64_t from = p.rest_cut(r), to = p.rest_cut(r + 1);
-    if (from < first + len && to > first && to > from) f(p.rest_slot(tile, r));
+    if (from < first + len && to > first && to > from) f(p.rest_slot(i, r));
   }
 }
 

@@ -210,10 +210,13 @@ __global__ void __launch_bounds__(kThreads) score_sums_kernel(double* partial, c
     }
     sums[threadIdx.x] = s;
     __syncthreads();
-    if (part == 0) {
-      for (int i = 1; i < lanes; i++) s += sums[i * wide + e];
-      partial[static_cast<int64_t>(blockIdx.x) * n_expert + e0 + e] = s;
+    for (int n_part = lanes; n_part > 1;) {  // parts i and i + half, until one is left
+      const int half = (n_part + 1) / 2;
+      if (part + half < n_part) sums[threadIdx.x] += sums[threadIdx.x + half * wide];
+      __syncthreads();
+      n_part = half;
     }
+    if (part == 0) partial[static_cast<int64_t>(blockIdx.x) * n_expert + e0 + e] = sums[threadIdx.x];
     __syncthreads();
   }
 }
@@ -222,15 +225,17 @@ __global__ void __launch_bounds__(kThreads) balance_kernel(double* aux, float* d
                                                            const double* partial, int n_block, const int32_t* offset,
                                                            int64_t n, int n_expert, double coef) {
   __shared__ double sums[kWarps];
+  const int lane = static_cast<int>(threadIdx.x) % 32;
   double loss = 0;
-  for (int e = static_cast<int>(threadIdx.x); e < n_expert; e += kThreads) {
+  for (int e = static_cast<int>(threadIdx.x) / 32; e < n_expert; e += kWarps) {  // a warp an expert
     const double load = static_cast<double>(offset[e + 1] - offset[e]) / static_cast<double>(n);
     const double scale = coef * n_expert * load;
-    if (daux != nullptr) daux[e] = *share * static_cast<float>(scale / static_cast<double>(n));
+    if (daux != nullptr && lane == 0) daux[e] = *share * static_cast<float>(scale / static_cast<double>(n));
     if (aux != nullptr) {
       double mean = 0;
-      for (int b = 0; b < n_block; b++) mean += partial[static_cast<int64_t>(b) * n_expert + e];
-      loss += scale * (mean / static_cast<double>(n));
+      for (int b = lane; b < n_block; b += 32) mean += partial[static_cast<int64_t>(b) * n_expert + e];
+      mean = warp_sum(mean);
+      if (lane == 0) loss += scale * (mean / static_cast<double>(n));
     }
   }
   if (aux == nullptr) return;
