@@ -61,11 +61,11 @@ void launch_dq(const Context& ctx, DType t, const AttentionBwd& b) {
   MM_CUDA_LAUNCHED();
 }
 
-template <class T, int D, int kStages, bool kLean>
+template <class T, int D, int kStages>
 void launch_dkdv(const Context& ctx, DType t, const AttentionBwd& b) {
   const Attention& a = b.fwd;
   constexpr int kBytes = DkdvShared<D, kStages>::kBytes;
-  const auto kernel = attention_dkdv_kernel<T, D, kStages, kLean>;
+  const auto kernel = attention_dkdv_kernel<T, D, kStages>;
   static const bool once = (allow_shared(kernel, kBytes), true);
   (void)once;
   kernel<<<blocks(ctx, a.max_tiles * a.n_kv_head), kBwdThreads, kBytes, ctx.stream>>>(
@@ -78,9 +78,10 @@ void launch_dkdv(const Context& ctx, DType t, const AttentionBwd& b) {
 
 template <int D>
 void launch(const Context& ctx, DType t, const AttentionBwd& b) {
+  constexpr int kStages = D > 96 ? 3 : 4;
   reset_counters(ctx);
-  launch_dq<bf16, D, (D > 96 ? 3 : 4)>(ctx, t, b);
-  launch_dkdv<bf16, D, 4, (D > 64)>(ctx, t, b);
+  launch_dq<bf16, D, kStages>(ctx, t, b);
+  launch_dkdv<bf16, D, kStages>(ctx, t, b);
 }
 
 }  // namespace

@@ -7,25 +7,21 @@ namespace mm::cuda::hopper {
 
 constexpr int kQueries = 64;  // query rows of a stage
 
-// Two buffers (wide heads: one) of (k, v) tiles and mail, and the ring of q, do, lse, delta.
+// Two buffers of (k, v) tiles and mail, and the ring of q, do, lse, delta.
 template <int D, int kStages>
 struct DkdvShared {
-  static constexpr int kBuffers = D > 96 ? 1 : 2;
   static constexpr int kOwn = Tile<D>::bytes(kRows), kQo = Tile<D>::bytes(kQueries);
-  static constexpr int kK = 0, kV = kBuffers * kOwn, kQ = 2 * kBuffers * kOwn, kDo = kQ + kStages * kQo,
-                       kLse = kDo + kStages * kQo;
+  static constexpr int kK = 0, kV = 2 * kOwn, kQ = 4 * kOwn, kDo = kQ + kStages * kQo, kLse = kDo + kStages * kQo;
   static constexpr int kDelta = kLse + kStages * kQueries * 4, kMail = kDelta + kStages * kQueries * 4;
   static constexpr int kBars = kMail + 2 * 16, kBytes = kBars + 8 * (4 + 3 * kStages) + 1024;
 };
 
-// kLean: dS takes P as rounded for dV, which saves its 32 registers.
-template <class T, int D, int kStages, bool kLean>
+template <class T, int D, int kStages>
 __global__ void __launch_bounds__(kBwdThreads, 1)
     attention_dkdv_kernel(const __grid_constant__ CUtensorMap map_q, const __grid_constant__ CUtensorMap map_do,
                           const __grid_constant__ CUtensorMap map_k, const __grid_constant__ CUtensorMap map_v,
                           const BwdParams p) {
 #if defined(MM_SM90A)
-  static_assert(kStages >= 4);  // the second warpgroup passes one by while it holds two and waits for the next
   using L = DkdvShared<D, kStages>;
   extern __shared__ uint8_t raw[];
   uint8_t* const shared = align_1024(raw);
@@ -55,9 +51,9 @@ __global__ void __launch_bounds__(kBwdThreads, 1)
     const int n_items = uniform(*p.n_tiles) * p.n_kv_head;
     int item = static_cast<int>(blockIdx.x), use = 0;
     for (int n = 0;; n++) {
-      const int buf = n % L::kBuffers;
+      const int buf = n & 1;
       if (item >= n_items) {
-        mbarrier_wait(own_empty + buf, (n / L::kBuffers + 1) & 1);
+        mbarrier_wait(own_empty + buf, (n / 2 + 1) & 1);
         if (lane == 0) {
           mail[buf] = make_int4(0, 0, -1, 0);
           mbarrier_arrive(own_full + buf);
@@ -70,7 +66,7 @@ __global__ void __launch_bounds__(kBwdThreads, 1)
       // The list's tiles come last rows first, which is shortest first for keys: mirrored within the sequence.
       Place at = place_of(p.tiles, p.cu, item / p.n_kv_head);
       at.row = (at.len - 1) / kRows * kRows - at.row;
-      mbarrier_wait(own_empty + buf, (n / L::kBuffers + 1) & 1);
+      mbarrier_wait(own_empty + buf, (n / 2 + 1) & 1);
       if (lane == 0) {
         mail[buf] = make_int4(at.start, at.len, at.row, kv_head);
         mbarrier_arrive_expect(own_full + buf, 2 * L::kOwn);
@@ -114,10 +110,12 @@ __global__ void __launch_bounds__(kBwdThreads, 1)
   const float2* const lse = reinterpret_cast<const float2*>(shared + L::kLse) + lane % 4;
   const float2* const delta = reinterpret_cast<const float2*>(shared + L::kDelta) + lane % 4;
   const float c = p.scale * kLog2e;
+  // With wide heads there are no registers for dS beside P: dV's product is waited for, then dS takes P's place.
+  constexpr bool kTight = D > 96;
   int use = 0;
   for (int n = 0;; n++) {
-    const int buf = n % L::kBuffers;
-    mbarrier_wait(own_full + buf, n / L::kBuffers & 1);
+    const int buf = n & 1;
+    mbarrier_wait(own_full + buf, n / 2 & 1);
     const int4 item = mail[buf];
     const int start = uniform(item.x), len = uniform(item.y), tile_row = uniform(item.z), kv_head = uniform(item.w);
     if (tile_row < 0) return;
@@ -126,50 +124,49 @@ __global__ void __launch_bounds__(kBwdThreads, 1)
     const uint32_t k = smem_address(shared + L::kK + buf * L::kOwn) + wg * 64 * Tile<D>::kSwizzle;
     const uint32_t v = smem_address(shared + L::kV + buf * L::kOwn) + wg * 64 * Tile<D>::kSwizzle;
 
-    const int n_active = p.group * (n_query_tiles - wg);
-    int t = wg, active = 0;  // query tile of the head; tiles done
-    // The second warpgroup's keys lie after all rows of the first query tile: that stage is passed on unread.
-    const auto skip = [&] {
-      const int stage = use % kStages;
-      mbarrier_wait(q_full + stage, use / kStages & 1);
-      mbarrier_wait(do_full + stage, use / kStages & 1);
-      if (lane == 0) mbarrier_arrive(empty + stage);
-      use++;
+    int t = 0;               // query tile of the head
+    const auto skip = [&] {  // the second warpgroup's keys lie after all rows of the first query tile
+      while (t < wg && use < end) {
+        const int stage = use % kStages;
+        mbarrier_wait(q_full + stage, use / kStages & 1);
+        mbarrier_wait(do_full + stage, use / kStages & 1);
+        if (lane == 0) mbarrier_arrive(empty + stage);
+        use++;
+        t = t + 1 == n_query_tiles ? 0 : t + 1;
+      }
     };
-    if (n_active == 0) {  // one query tile: no keys for the second warpgroup
-      while (use < end) skip();
+    skip();
+    if (use == end) {  // only when n_query_tiles is 1: no keys for the second warpgroup
       if (lane == 0) mbarrier_arrive(own_empty + buf);
       continue;
     }
-    if (wg == 1) skip();
 
-    // Step i turns S^T of tile i into P^T, issues dV += P^T dO and S^T of tile i + 1, turns dP^T into dS^T, issues
-    // dK += dS^T Q and dP^T of tile i + 1. While the exponentials of tile i are taken, dK of tile i - 1 and dP of tile
-    // i run.
     float dk[D / 2], dv[D / 2], s[kQueries / 2], dp[kQueries / 2];
+    uint32_t pa[kQueries / 4], ds[kQueries / 4];
 #pragma unroll
     for (int e = 0; e < D / 2; e++) dk[e] = dv[e] = 0.0f;
     wgmma_pin(dk);
     wgmma_pin(dv);
-    const auto issue_s = [&](int u) {
-      mbarrier_wait(q_full + u % kStages, u / kStages & 1);
+    const auto products = [&] {  // issues S^T = K Q^T and dP^T = V dO^T
+      const int stage = use % kStages;
+      mbarrier_wait(q_full + stage, use / kStages & 1);
       wgmma_pin(s);
       wgmma_fence();
-      product_abt<T, D, kQueries, kRows>(s, k, q0 + u % kStages * L::kQo);
+      product_abt<T, D, kQueries, kRows>(s, k, q0 + stage * L::kQo);
       wgmma_commit();
-    };
-    const auto issue_dp = [&](int u) {
-      mbarrier_wait(do_full + u % kStages, u / kStages & 1);
+      mbarrier_wait(do_full + stage, use / kStages & 1);
       wgmma_pin(dp);
       wgmma_fence();
-      product_abt<T, D, kQueries, kRows>(dp, v, do0 + u % kStages * L::kQo);
+      product_abt<T, D, kQueries, kRows>(dp, v, do0 + stage * L::kQo);
       wgmma_commit();
     };
-    int before = -1;  // stage that products in flight still read
-    const auto step = [&](auto more) {
-      constexpr bool kMore = decltype(more)::value;
+    products();
+    int before = -1;  // stage that the products in flight before S still read
+    while (true) {
       const int stage = use % kStages;
+      wgmma_wait<1>();  // S, and the products before it
       wgmma_pin(s);
+      if (before >= 0 && lane == 0) mbarrier_arrive(empty + before);
       if (t == wg) {                                               // on the diagonal
         const int visible = first_row - wg * 64 - 2 * (lane % 4);  // columns from it on are visible
 #pragma unroll
@@ -177,55 +174,40 @@ __global__ void __launch_bounds__(kBwdThreads, 1)
           if (8 * (e / 4) + e % 2 < visible + 8 * (e / 2 % 2)) s[e] = -INFINITY;
         }
       }
-      float weight[kQueries / 2];
-      uint32_t pa[kQueries / 4], ds[kQueries / 4];
 #pragma unroll
       for (int j = 0; j < kQueries / 8; j++) {
         const float2 x = lse[stage * kQueries / 2 + 4 * j];
-        weight[4 * j] = exp2_fast(fmaf(s[4 * j], c, -x.x));
-        weight[4 * j + 1] = exp2_fast(fmaf(s[4 * j + 1], c, -x.y));
-        weight[4 * j + 2] = exp2_fast(fmaf(s[4 * j + 2], c, -x.x));
-        weight[4 * j + 3] = exp2_fast(fmaf(s[4 * j + 3], c, -x.y));
+        s[4 * j] = exp2_fast(fmaf(s[4 * j], c, -x.x));
+        s[4 * j + 1] = exp2_fast(fmaf(s[4 * j + 1], c, -x.y));
+        s[4 * j + 2] = exp2_fast(fmaf(s[4 * j + 2], c, -x.x));
+        s[4 * j + 3] = exp2_fast(fmaf(s[4 * j + 3], c, -x.y));
       }
-      wgmma_pin(weight);  // computed here, not where they are used: s is overwritten soon
-      pack_operand<T, kQueries>(pa, weight);
+      pack_operand<T, kQueries>(pa, s);
       wgmma_fence();
       product_pb<T, D, kQueries>(dv, pa, do0 + stage * L::kQo);
       wgmma_commit();
-      use++;
-      if (++t == n_query_tiles) {
-        t = wg;
-        if (kMore && wg == 1) skip();
-      }
-      if constexpr (kMore) issue_s(use);
-      wgmma_wait<kMore ? 2 : 1>();  // dP, and dK of the tile before
+      wgmma_wait<kTight ? 0 : 1>();  // dP
       wgmma_pin(dp);
-      if (before >= 0 && lane == 0) mbarrier_arrive(empty + before);
 #pragma unroll
       for (int j = 0; j < kQueries / 8; j++) {
         const float2 x = delta[stage * kQueries / 2 + 4 * j];
-#pragma unroll
-        for (int e = 0; e < 4; e += 2) {
-          const float2 w =
-              kLean ? unpack2<T>(pa[2 * j + e / 2]) : make_float2(weight[4 * j + e], weight[4 * j + e + 1]);
-          ds[2 * j + e / 2] = pack2<T>(w.x * (dp[4 * j + e] - x.x), w.y * (dp[4 * j + e + 1] - x.y));
-        }
+        s[4 * j] *= dp[4 * j] - x.x;
+        s[4 * j + 1] *= dp[4 * j + 1] - x.y;
+        s[4 * j + 2] *= dp[4 * j + 2] - x.x;
+        s[4 * j + 3] *= dp[4 * j + 3] - x.y;
       }
+      uint32_t(&da)[kQueries / 4] = kTight ? pa : ds;
+      pack_operand<T, kQueries>(da, s);
       wgmma_fence();
-      product_pb<T, D, kQueries>(dk, ds, q0 + stage * L::kQo);
+      product_pb<T, D, kQueries>(dk, da, q0 + stage * L::kQo);
       wgmma_commit();
       before = stage;
-      active++;
-      if constexpr (kMore) {
-        issue_dp(use);
-        wgmma_wait<2>();  // S, and dV; dK and dP go on
-      }
-    };
-    issue_s(use);
-    issue_dp(use);
-    wgmma_wait<1>();
-    while (active + 1 < n_active) step(std::true_type());
-    step(std::false_type());
+      use++;
+      t = t + 1 == n_query_tiles ? 0 : t + 1;
+      skip();
+      if (use == end) break;
+      products();
+    }
     wgmma_wait<0>();
     wgmma_pin(dk);
     wgmma_pin(dv);

@@ -170,31 +170,31 @@ __global__ void __launch_bounds__(kBwdThreads, 1)
       mbarrier_wait(v_full + s, use / kStages & 1);
       if (lane == 0) mbarrier_arrive(k_empty + s), mbarrier_arrive(v_empty + s);
     }
-    // Step i turns S of tile i into P, issues S of tile i + 1, turns P and dP into dS, issues dQ += dS K and dP of tile
-    // i + 1. While the exponentials of tile i are taken, dQ of tile i - 1 and dP of tile i run.
     float dq[D / 2], s[kKeys / 2], dp[kKeys / 2];
+    uint32_t ds[kKeys / 4];
 #pragma unroll
     for (int e = 0; e < D / 2; e++) dq[e] = 0.0f;
     wgmma_pin(dq);
-    const auto issue_s = [&](int u) {
-      mbarrier_wait(k_full + u % kStages, u / kStages & 1);
+    const auto products = [&] {  // issues S = Q K^T and dP = dO V^T
+      const int stage = use % kStages;
+      mbarrier_wait(k_full + stage, use / kStages & 1);
       wgmma_pin(s);
       wgmma_fence();
-      product_abt<T, D, kKeys, kRows>(s, q, k0 + u % kStages * L::kKv);
+      product_abt<T, D, kKeys, kRows>(s, q, k0 + stage * L::kKv);
       wgmma_commit();
-    };
-    const auto issue_dp = [&](int u) {
-      mbarrier_wait(v_full + u % kStages, u / kStages & 1);
+      mbarrier_wait(v_full + stage, use / kStages & 1);
       wgmma_pin(dp);
       wgmma_fence();
-      product_abt<T, D, kKeys, kRows>(dp, d_out, v0 + u % kStages * L::kKv);
+      product_abt<T, D, kKeys, kRows>(dp, d_out, v0 + stage * L::kKv);
       wgmma_commit();
     };
-    const int first = use;
-    const auto step = [&](auto more) {
-      constexpr bool kMore = decltype(more)::value;
+    products();
+    int before = -1;  // stage that the product with K in flight still reads
+    while (true) {
       const int stage = use % kStages;
+      wgmma_wait<1>();  // S, and the product with K before it
       wgmma_pin(s);
+      if (before >= 0 && lane == 0) mbarrier_arrive(k_empty + before);
       const int key0 = (end - 1 - use) * kKeys;
       if (key0 + kKeys - 1 > group_row) {
         const int visible = row - key0 - 2 * (lane % 4);  // columns up to it are visible
@@ -203,39 +203,30 @@ __global__ void __launch_bounds__(kBwdThreads, 1)
           if (8 * (e / 4) + e % 2 > visible + 8 * (e / 2 % 2)) s[e] = -INFINITY;
         }
       }
-      float weight[kKeys / 2];
 #pragma unroll
-      for (int e = 0; e < kKeys / 2; e++) weight[e] = exp2_fast(fmaf(s[e], c, -lse[e / 2 % 2]));
-      wgmma_pin(weight);  // computed here, not where they are used: s is overwritten now
-      if constexpr (kMore) issue_s(use + 1);
-      wgmma_wait<kMore ? 1 : 0>();  // dP, and dQ of the tile before
+      for (int e = 0; e < kKeys / 2; e++) s[e] = exp2_fast(fmaf(s[e], c, -lse[e / 2 % 2]));
+      wgmma_pin(s);
+      mbarrier_wait(own_full + buf, n / 2 & 1);  // done long ago: its branch keeps ptxas from waiting before P
+      wgmma_wait<0>();
       wgmma_pin(dp);
+      use++;
       if (lane == 0) {
-        if (use > first) mbarrier_arrive(k_empty + (use - 1) % kStages);
         mbarrier_arrive(v_empty + stage);
-        if (!kMore) mbarrier_arrive(own_empty + buf);
+        if (use == end) mbarrier_arrive(own_empty + buf);
       }
-      uint32_t ds[kKeys / 4];
 #pragma unroll
-      for (int e = 0; e < kKeys / 2; e++) weight[e] *= dp[e] - delta[e / 2 % 2];
-      pack_operand<T, kKeys>(ds, weight);
+      for (int e = 0; e < kKeys / 2; e++) s[e] *= dp[e] - delta[e / 2 % 2];
+      pack_operand<T, kKeys>(ds, s);
       wgmma_fence();
       product_pb<T, D, kKeys>(dq, ds, k0 + stage * L::kKv);
       wgmma_commit();
-      use++;
-      if constexpr (kMore) {
-        issue_dp(use);
-        wgmma_wait<2>();  // S; dQ and dP go on
-      }
-    };
-    issue_s(use);
-    issue_dp(use);
-    wgmma_wait<1>();
-    while (use + 1 < end) step(std::true_type());
-    step(std::false_type());
+      before = stage;
+      if (use == end) break;
+      products();
+    }
     wgmma_wait<0>();
     wgmma_pin(dq);
-    if (lane == 0) mbarrier_arrive(k_empty + (use - 1) % kStages);
+    if (lane == 0) mbarrier_arrive(k_empty + before);
     const float f[2] = {p.scale, p.scale};
     store_rows<T, D>(static_cast<T*>(p.dq) + (start + row) * p.lddq + head * D, p.lddq, dq, f, row < len,
                      row + 8 < len);
