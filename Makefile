@@ -4,7 +4,7 @@ FUZZ_SECONDS ?= 10
 SOURCES = $(shell git ls-files -co --exclude-standard 'src/*.h' 'src/*.cpp' 'tests/*.h' 'tests/*.cpp')
 PY = .venv/bin/python
 
-.PHONY: help setup setup-dev build demo test test-peers debug-test fuzz format format-check tidy bench clean
+.PHONY: help setup setup-dev build cuda dist demo test test-peers debug-test fuzz format format-check tidy bench clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -17,6 +17,13 @@ setup-dev: # also clang and its tools, for fuzz, format and tidy
 
 build: setup ## build build/release/minimind
 	@scripts/build.sh release $(JOBS)
+
+cuda: setup ## build build/cuda/minimind, which trains and generates on an NVIDIA GPU too (needs nvcc, 12.4 or newer)
+	@scripts/setup_cuda.sh
+	@scripts/build.sh cuda $(JOBS) minimind
+
+dist: setup-dev ## pack build/cuda/minimind, or build/release/minimind, with its libraries into build/dist/*.tar.gz
+	@scripts/dist.sh
 
 demo: build ## train a tokenizer and a model from nothing, then chat with it
 	@build/release/minimind demo

@@ -465,6 +465,7 @@ void adamw(const Device& dev, View p, View g, View m, View v, const AdamWArgs& a
     const cuda::Context& ctx = gpu(dev);
     const cuda::AdamWState state{.lr = static_cast<float>(args.lr),
                                  .max_norm = args.grad_scale,
+                                 .inv_scale = 1.0f,
                                  .sum_sq = (1 - 1e-6) * (1 - 1e-6),
                                  .update_count = static_cast<int32_t>(args.step - 1)};
     auto* at = reinterpret_cast<cuda::AdamWState*>(static_cast<char*>(ctx.scratch) + ctx.scratch_bytes - 256);

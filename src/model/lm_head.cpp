@@ -8,15 +8,26 @@
 
 namespace mm {
 
-// On a GPU a chunk fills the machine; on the CPU it stays in the caches.
-static int64_t chunk_rows(const Device& dev) { return dev.on_gpu() ? 8192 : 512; }
+// Rows of logits at once. On the CPU they stay in the caches; on a GPU they fill the machine, within 160 MB.
+static int64_t chunk_rows(const ModelConfig& c, const Device& dev) {
+  if (!dev.on_gpu()) return 512;
+  const int64_t row = c.vocab_size * static_cast<int64_t>(dtype_size(dev.act));
+  return std::clamp<int64_t>(int64_t{160'000'000} / row / 128 * 128, 512, 12288);
+}
+
+// The CPU gathers the rows that have a target; a GPU takes rows as they lie, and gathers few (for sampling).
+static int64_t gathered_rows(const ModelConfig& c, const Device& dev) {
+  return dev.on_gpu() ? 256 : chunk_rows(c, dev);
+}
 
 size_t LmHead::plan_bytes(const ModelConfig& c, const Device& dev) {
-  return static_cast<size_t>(chunk_rows(dev) * (c.vocab_size + 2 * c.hidden_size)) * dtype_size(dev.act);
+  const int64_t logits = chunk_rows(c, dev) * c.vocab_size, hidden = 2 * gathered_rows(c, dev) * c.hidden_size;
+  return static_cast<size_t>(logits + hidden) * dtype_size(dev.act);
 }
 
 LmHead::LmHead(const ModelConfig& c, const Device& dev)
-    : chunk_(chunk_rows(dev)),
+    : chunk_(chunk_rows(c, dev)),
+      gather_(gathered_rows(c, dev)),
       d_model_(c.hidden_size),
       n_vocab_(c.vocab_size),
       dtype_(dev.act),
@@ -115,8 +126,10 @@ void LmHead::backward_staged(const Device& dev, const Model& model, Activations&
 // All rows take part: rows without a target have a zero gradient, and the host need not know which they are.
 void LmHead::gpu_backward(const Device& dev, const Model& model, View h, const int32_t* targets, View g, View dh,
                           ParamBuffer& grads, View logp) {
-  for (int64_t first = 0; first < h.rows(); first += chunk_) {
-    const int64_t end = std::min(first + chunk_, h.rows());
+  const int64_t n_chunk = (h.rows() + chunk_ - 1) / chunk_;  // of equal size, in whole tiles
+  const int64_t size = (h.rows() + n_chunk * 128 - 1) / (n_chunk * 128) * 128;
+  for (int64_t first = 0; first < h.rows(); first += size) {
+    const int64_t end = std::min(first + size, h.rows());
     const View logits = chunk_logits(end - first), hidden = h.row_slice(first, end);
     const View lse(gpu_lists_.f32() + 2 * chunk_, DType::f32, {end - first});
     ops::linear_fwd(dev, logits, hidden, model.weights.head);
@@ -133,8 +146,8 @@ View LmHead::project(const Device& dev, const Model& model, View h) {
 
 void LmHead::logits(const Device& dev, const Model& model, View h, const std::vector<int32_t>& rows, View out) {
   const auto n = static_cast<int64_t>(rows.size());
-  for (int64_t first = 0; first < n; first += chunk_) {
-    const int64_t count = std::min(chunk_, n - first);
+  for (int64_t first = 0; first < n; first += gather_) {
+    const int64_t count = std::min(gather_, n - first);
     const View hidden = chunk_hidden(count), to = out.row_slice(first, first + count);
     if (!dev.on_gpu()) {
       ops::gather_rows(dev, hidden, h, rows.data() + first);

@@ -44,10 +44,12 @@ class LmHead {
   View piece(size_t offset, int64_t rows, int64_t cols) const;
   View chunk_logits(int64_t n) const { return piece(0, n, n_vocab_); }
   View chunk_hidden(int64_t n) const { return piece(static_cast<size_t>(chunk_ * n_vocab_), n, d_model_); }
-  View chunk_dhidden(int64_t n) const { return piece(static_cast<size_t>(chunk_ * (n_vocab_ + d_model_)), n, d_model_); }
+  View chunk_dhidden(int64_t n) const {
+    return piece(static_cast<size_t>(chunk_ * n_vocab_ + gather_ * d_model_), n, d_model_);
+  }
   void gpu_backward(const Device& dev, const Model& model, View h, const int32_t* targets, View g, View dh,
                     ParamBuffer& grads, View logp);
-  int64_t chunk_, d_model_, n_vocab_;
+  int64_t chunk_, gather_, d_model_, n_vocab_;
   DType dtype_;
   Buffer buffer_;
   std::vector<int32_t> rows_, chunk_targets_;

@@ -70,8 +70,9 @@ GpuStep::GpuStep(Model& model, const Device& dev, const StepOptions& options, Pa
       numbers_(sizeof(Numbers), Memory::cuda),
       rates_(n_slots * sizeof(cuda::AdamWState), Memory::pinned),
       rate_fences_(n_slots) {
+  if (dev.act == DType::f16) loss_scale_.scale = 4096;
   if (dev.act != DType::f32) master_ = ParamBuffer(model.config, model.table, DType::f32, Memory::cuda);
-  for (size_t i = 0; i < n_slots; i++) free_.push_back({Buffer(sizeof(Numbers), Memory::pinned), Fence(), {}});
+  for (size_t i = 0; i < n_slots; i++) free_.push_back({Buffer(sizeof(Numbers), Memory::pinned), Fence(), {}, 1});
   push();
 }
 
@@ -98,12 +99,13 @@ void GpuStep::launches(Activations& acts, LmHead& head, ParamBuffer& grads, Drop
 void GpuStep::pass(const TokenBatch& b, const StepTotals& totals, Activations& acts, LmHead& head, ParamBuffer& grads,
                    DropoutKey key) {
   check_batch(*replica_, b);
-  CrossEntropy::gradient(b, totals.weight, g_);
+  CrossEntropy::gradient(b, totals.weight / step_scale_, g_);
+  const float share = totals.share(b) * static_cast<float>(step_scale_);
   // Padding would take part in the balance loss: with experts only full passes are captured.
   const bool full = b.n_tok() == acts.max_tok();
   const bool graph = options_.graph && model_.config.dropout == 0 && dev_.profiler == nullptr &&
                      (full || !model_.config.is_moe());
-  const StagedBatch& staged = acts.stage.stage(dev_, b, nullptr, g_, totals.share(b), graph);
+  const StagedBatch& staged = acts.stage.stage(dev_, b, nullptr, g_, share, graph);
   if (!graph) {
     launches(acts, head, grads, key);
     return;
@@ -115,6 +117,7 @@ void GpuStep::begin(const std::vector<TokenBatch>& micro_batches, Activations& a
                     const std::function<DropoutKey(size_t)>& key) {
   MM_CHECK(!free_.empty(), "too many results were never asked for");
   const StepTotals totals(micro_batches);
+  step_scale_ = loss_scale_.scale;
   Numbers* n = numbers();
   ops::zero(dev_, grads.flat());
   ops::zero(dev_, View(&n->loss, DType::f64, {1}));
@@ -129,6 +132,7 @@ void GpuStep::begin(const std::vector<TokenBatch>& micro_batches, Activations& a
   Slot slot = std::move(free_.front());
   free_.pop_front();
   slot.known = totals.empty_result();
+  slot.scale = step_scale_;
   copy_async(slot.numbers.data(), n, sizeof(Numbers), dev_.stream);
   slot.ready.record(dev_.stream);
   slots_.push_back(std::move(slot));
@@ -141,9 +145,14 @@ StepResult GpuStep::result() {
   slot.ready.wait();
   const auto* n = static_cast<const Numbers*>(slot.numbers.data());
   StepResult r = slot.known;
-  r.loss = -n->loss;
-  r.aux_loss = n->aux_loss;
-  r.grad_norm = std::sqrt(n->optimizer.sum_sq);
+  r.loss = -n->loss / slot.scale;
+  r.aux_loss = n->aux_loss / slot.scale;
+  r.grad_norm = std::sqrt(n->optimizer.sum_sq) / slot.scale;
+  if (dev_.act == DType::f16) {
+    r.overflow = slot.scale > 1 && std::isfinite(r.loss) && !std::isfinite(r.grad_norm);
+    if (r.overflow) loss_scale_ = {std::min(loss_scale_.scale, slot.scale / 2), 0};
+    else if (++loss_scale_.good_steps >= 2000 && loss_scale_.scale < 65536) loss_scale_ = {loss_scale_.scale * 2, 0};
+  }
   free_.push_back(std::move(slot));
   return r;
 }
@@ -155,8 +164,9 @@ void GpuStep::update(double lr, ParamBuffer& grads) {
   auto* rate = static_cast<cuda::AdamWState*>(rates_.data()) + rate_turn_;
   rate->lr = static_cast<float>(lr);
   rate->max_norm = static_cast<float>(o.grad_clip);
-  static_assert(offsetof(cuda::AdamWState, lr) == 0 && offsetof(cuda::AdamWState, max_norm) == sizeof(float));
-  copy_async(&n->optimizer, rate, 2 * sizeof(float), dev_.stream);
+  rate->inv_scale = static_cast<float>(1 / step_scale_);
+  static_assert(offsetof(cuda::AdamWState, lr) == 0 && offsetof(cuda::AdamWState, inv_scale) == 2 * sizeof(float));
+  copy_async(&n->optimizer, rate, 3 * sizeof(float), dev_.stream);
   rate_fences_[rate_turn_].record(dev_.stream);
   rate_turn_ = (rate_turn_ + 1) % n_slots;
   const bool half = dev_.act != DType::f32;

@@ -33,6 +33,8 @@ class GpuStep {
   void update(double lr, ParamBuffer& grads);
   int64_t updates() const;
   void set_updates(int64_t n);
+  LossScale loss_scale() const { return loss_scale_; }
+  void set_loss_scale(const LossScale& s) { loss_scale_ = s; }
   void pull();
   void push();
   Model& replica() { return *replica_; }
@@ -43,6 +45,7 @@ class GpuStep {
     Buffer numbers;
     Fence ready;
     StepResult known;
+    double scale = 1;
   };
   void pass(const TokenBatch& b, const StepTotals& totals, Activations& acts, LmHead& head, ParamBuffer& grads,
             DropoutKey key);
@@ -60,6 +63,8 @@ class GpuStep {
   Buffer rates_;  // pinned, one learning rate a slot
   std::vector<Fence> rate_fences_;
   size_t rate_turn_ = 0;
+  LossScale loss_scale_;
+  double step_scale_ = 1;  // of the last begin()
   std::vector<float> g_;
   std::deque<Slot> slots_, free_;
   GraphCache graphs_;

@@ -75,6 +75,12 @@ void TrainStep::set_updates(int64_t n) {
   if (gpu_) gpu_->set_updates(n);
 }
 
+LossScale TrainStep::loss_scale() const { return gpu_ ? gpu_->loss_scale() : LossScale(); }
+
+void TrainStep::set_loss_scale(const LossScale& s) {
+  if (gpu_) gpu_->set_loss_scale(s);
+}
+
 void TrainStep::pull() {
   if (gpu_) gpu_->pull();
 }

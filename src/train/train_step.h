@@ -29,7 +29,15 @@ struct StepResult {
   double aux_loss = 0;   // MoE balance loss, mean over micro-batches by tokens
   double grad_norm = 0;  // before clipping
   int64_t tokens = 0, targets = 0;
+  bool overflow = false;  // fp16: the scaled gradients left its range; the GPU made no update and scales less now
   bool finite() const;
+};
+
+// fp16 gradients are computed times `scale`, a power of two that halves after an overflow and doubles after 2,000 steps
+// without one (torch.amp.GradScaler's rule with a gentler start). 1 for every other type.
+struct LossScale {
+  double scale = 1;
+  int64_t good_steps = 0;
 };
 
 class GpuStep;
@@ -60,6 +68,8 @@ class TrainStep {
   // Updates done: the bias correction's count. Waits on a GPU.
   int64_t updates() const;
   void set_updates(int64_t n);
+  LossScale loss_scale() const;  // part of a checkpoint's state
+  void set_loss_scale(const LossScale& s);
   // GPU: masters and moments to the host copies (before a checkpoint), and back (after one was read). Nothing elsewhere.
   void pull();
   void push();

@@ -79,6 +79,30 @@ void require_same_run(const ordered_json& saved, const ordered_json& now, const 
   }
 }
 
+int64_t pass_tokens(const TrainOptions& o, const std::optional<TokenDataset>& valid) {
+  const int64_t batch = o.loader.batch_size * o.loader.seq_len;
+  const int64_t pass = o.pass_tokens > 0 ? std::min(batch, std::max(o.pass_tokens, o.loader.seq_len)) : batch;
+  return std::max(pass, valid ? valid->max_row_len() : int64_t{0});
+}
+
+std::string describe(const MemoryPlan& p) {
+  const auto b = [](size_t n) { return human_bytes(static_cast<double>(n)); };
+  return fmt::format("weights {} + gradients {} + optimizer {} + activations {} + head {}{} = {}", b(p.weights),
+                     b(p.gradients), b(p.optimizer), b(p.activations), b(p.lm_head),
+                     p.kernels > 0 ? " + kernels " + b(p.kernels) : "", b(p.total()));
+}
+
+// A GPU that is too small is told before anything is allocated, and before anything in the output folder is touched.
+void require_memory(const TrainOptions& o, const ModelConfig& config, const std::optional<TokenDataset>& valid) {
+  if (!o.device.on_gpu()) return;
+  const MemoryPlan plan = training_memory(config, pass_tokens(o, valid), o.device, o.step.recompute);
+  const size_t free = cuda_free_bytes() + plan.kernels;  // those are allocated already
+  if (plan.total() <= free) return;
+  throw Error("GPU memory", describe(plan), human_bytes(static_cast<double>(free)) + " free on " + cuda_status().name,
+              "lower --pass-tokens (the result stays the same), --batch-size or --seq-len, pass --recompute ffn, or end "
+              "other programs on the GPU");
+}
+
 // The state of one run; train_model drives it.
 class Run {
  public:
@@ -164,29 +188,17 @@ class Run {
   }
 
  private:
-  int64_t max_tok() const {
-    const int64_t batch = o_.loader.batch_size * o_.loader.seq_len;
-    const int64_t pass = o_.pass_tokens > 0 ? std::min(batch, std::max(o_.pass_tokens, o_.loader.seq_len)) : batch;
-    return std::max(pass, valid_ ? valid_->max_row_len() : int64_t{0});
-  }
-
   StepOptions step_options() const {
     StepOptions s = o_.step;
-    s.max_tok = max_tok();
+    s.max_tok = pass_tokens(o_, valid_);
     s.seed = o_.seed;
     return s;
   }
 
   void print_plan() const {
-    const MemoryPlan p = training_memory(model_.config, max_tok(), o_.device, o_.step.recompute);
-    const auto b = [](size_t n) { return human_bytes(static_cast<double>(n)); };
-    log_info(
-        "{} parameters; {} steps of {} tokens; memory: weights {} + gradients {} + optimizer {} + activations {} + "
-        "head {}{} = {}",
-        human_count(static_cast<double>(model_.table.numel())), total_,
-        o_.accumulation_steps * o_.loader.batch_size * o_.loader.seq_len, b(p.weights), b(p.gradients), b(p.optimizer),
-        b(p.activations), b(p.lm_head),
-        p.kernels > 0 ? " + kernels " + b(p.kernels) : "", b(p.total()));
+    const MemoryPlan p = training_memory(model_.config, pass_tokens(o_, valid_), o_.device, o_.step.recompute);
+    log_info("{} parameters; {} steps of {} tokens; memory: {}", human_count(static_cast<double>(model_.table.numel())),
+             total_, o_.accumulation_steps * o_.loader.batch_size * o_.loader.seq_len, describe(p));
   }
 
   // Begins the next step; reports it, or on a GPU the one before, so that the GPU never waits for the host.
@@ -226,6 +238,8 @@ class Run {
     if (r.targets == 0) {
       skipped_++;
       log_warn("step {}: no targets in its rows (cut before the answers?); step skipped", number);
+    } else if (r.overflow) {
+      skipped_++;
     } else if (!r.finite()) {
       handle_non_finite(number, micro);
     } else if (spike_.observe(r.loss)) {
@@ -285,6 +299,7 @@ class Run {
   void save() {
     ordered_json state{{"step", done_},
                        {"updates", step_.updates()},
+                       {"loss_scale", {{"scale", step_.loss_scale().scale}, {"good_steps", step_.loss_scale().good_steps}}},
                        {"skipped", skipped_},
                        {"tokens", tokens_seen_},
                        {"cursor", loader_.cursor().to_json()},
@@ -310,6 +325,10 @@ class Run {
     require_same_run(json_get<ordered_json>(state, "run", dir), run_identity(o_, model_.config, total_, data_), dir);
     done_ = json_get<int64_t>(state, "step", dir);
     reported_ = done_;
+    if (state.contains("loss_scale")) {  // written since there are GPUs
+      const auto scale = json_get<ordered_json>(state, "loss_scale", dir);
+      step_.set_loss_scale({json_get<double>(scale, "scale", dir), json_get<int64_t>(scale, "good_steps", dir)});
+    }
     step_.set_updates(json_get<int64_t>(state, "updates", dir));
     skipped_ = json_get<int64_t>(state, "skipped", dir);
     tokens_seen_ = json_get<int64_t>(state, "tokens", dir);
@@ -349,6 +368,7 @@ class Run {
 
 TrainResult train_model(const TrainOptions& options, Model& model, const Tokenizer& tokenizer,
                         const TokenDataset& train, const std::optional<TokenDataset>& valid) {
+  require_memory(options, model.config, valid);
   return Run(options, model, tokenizer, train, valid).run();
 }
 

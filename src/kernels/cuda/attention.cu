@@ -35,9 +35,8 @@ bool for_tensor_cores(DType t) { return t == DType::bf16 || t == DType::f16; }
 void attention_fwd(const Context& ctx, DType t, const Attention& a) {
   if (a.n_tok == 0 || a.n_seq == 0) return;
   if (!plain(t, a)) return general_attention_fwd(ctx, t, a);
-  // With one query a sequence a tile of 128 rows would hold one; more than a few, and reading the keys once for all of
-  // them pays.
-  if (a.kv_len != nullptr && a.n_tok <= 4 * a.n_seq && a.n_tok <= 65535) return decode_attention_fwd(ctx, t, a);
+  // With one query a sequence a tile of 128 rows would hold one; with more of them, reading the keys once for all pays.
+  if (a.kv_len != nullptr && a.n_tok <= a.n_seq + std::max<int64_t>(a.n_seq / 4, 7) && a.n_tok <= 65535) return decode_attention_fwd(ctx, t, a);
   if (!for_tensor_cores(t)) return general_attention_fwd(ctx, t, a);
   if (ctx.naive_attention && naive_attention_supported(ctx, a)) return naive_attention_fwd(ctx, t, a);
   if (hopper_attention_supported(ctx, t, a)) return hopper_attention_fwd(ctx, t, a);

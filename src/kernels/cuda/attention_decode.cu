@@ -4,8 +4,10 @@
 // parts a second kernel merges), within a block over groups of lanes:
 //
 //   block = 8 warps; group = 8 lanes (4 at d 32) that hold one key's row; kHeads query heads that share the key head are
-//   computed from the same loaded keys and values, several keys of a group in flight at a time
+//   computed from the same loaded keys and values
 //   key j of the block's part belongs to group j % groups: neighbouring groups read neighbouring rows
+//   keys and values pass through a ring in shared memory (cp.async) of which each thread reads only what it copied
+//   itself: many bytes in flight (48 KB a block at d 96), few registers, no barriers
 //
 // Each group keeps a running maximum, sum and output (fp32, all heads of the block). They merge by shuffles, then through
 // shared memory, then every block of a cluster sends its parts to the block that finishes that share of the outputs
@@ -25,7 +27,11 @@ template <class T, int D>
 struct Spread {
   static constexpr int lanes = D >= 64 ? 8 : 4, elements = D / lanes;  // of a lane
   static constexpr int V = elements % per_16_bytes<T> == 0 ? per_16_bytes<T> : 4, per_lane = elements / V;
-  static constexpr int unroll = elements <= 8 ? 4 : 3;  // keys of a group in flight
+  static constexpr int unroll = sizeof(T) == 2 ? 2 : 1;  // keys of a group at a time
+  // The ring; with what else the kernel keeps it must fit 99 KB.
+  static constexpr int chunk_bytes = V * static_cast<int>(sizeof(T));
+  static constexpr int stage_bytes = 2 * unroll * per_lane * chunk_bytes * n_thread;
+  static constexpr int stages = stage_bytes <= 24 * 1024 ? 3 : 2, shared = stages * stage_bytes;
 };
 
 __device__ __forceinline__ void cluster_arrive() {
@@ -113,26 +119,43 @@ __global__ void __launch_bounds__(n_thread, sizeof(T) == 2 && kHeads * Spread<T,
   const T* v = static_cast<const T*>(a.v) + bounds.kv0 * a.ldv + kv_head * D;
 
   constexpr int unroll = S::unroll;
-  // Every lane of a warp runs the same rounds: the shuffles below need them all.
-  for (int first = begin + warp * (32 / S::lanes); first < end; first += unroll * groups) {
-    Raw<T, V> kr[unroll][S::per_lane], vr[unroll][S::per_lane];
-    bool valid[unroll];
+  extern __shared__ __align__(128) unsigned char ring[];
+  // Chunk c of key u of a stage, of k (0) or v (1): each at a distance of all threads, so neighbours lie side by side.
+  const auto slot = [&](int stage, int kv, int u, int c) {
+    return stage * S::stage_bytes + (((kv * unroll + u) * S::per_lane + c) * n_thread + tid) * S::chunk_bytes;
+  };
+  const uint32_t ring_at = shared_address(ring);
+  const int own = begin + tid / S::lanes, n_round = (end - begin + unroll * groups - 1) / (unroll * groups);
+  const auto copy_round = [&](int round, int stage) {
 #pragma unroll
     for (int u = 0; u < unroll; u++) {
-      const int64_t key = first + lane / S::lanes + u * groups;
-      valid[u] = key < end;
+      const int64_t key = own + (round * unroll + u) * groups;
+      const bool valid = key < end;
+      const T *k_row = valid ? k + key * a.ldk : k, *v_row = valid ? v + key * a.ldv : v;
 #pragma unroll
       for (int c = 0; c < S::per_lane; c++) {
         const int at = (c * S::lanes + member) * V;
-        if (valid[u]) {
-          kr[u][c].load(k + key * a.ldk + at);
-          vr[u][c].load(v + key * a.ldv + at);
+        if constexpr (S::chunk_bytes == 16) {
+          cp_async16(ring_at + slot(stage, 0, u, c), k_row + at, valid);
+          cp_async16(ring_at + slot(stage, 1, u, c), v_row + at, valid);
         } else {
-#pragma unroll
-          for (int w = 0; w < Raw<T, V>::words; w++) kr[u][c].w[w] = vr[u][c].w[w] = 0u;
+          cp_async8(ring_at + slot(stage, 0, u, c), k_row + at, valid);
+          cp_async8(ring_at + slot(stage, 1, u, c), v_row + at, valid);
         }
       }
     }
+  };
+#pragma unroll
+  for (int i = 0; i < S::stages - 1; i++) {
+    if (i < n_round) copy_round(i, i);
+    cp_async_commit();
+  }
+  // Every lane of a warp runs the same rounds: the shuffles below need them all.
+  for (int round = 0, stage = 0; round < n_round; round++) {
+    const int ahead = round + S::stages - 1;
+    if (ahead < n_round) copy_round(ahead, stage == 0 ? S::stages - 1 : stage - 1);
+    cp_async_commit();
+    cp_async_wait<S::stages - 1>();
     float s[unroll][kHeads];
 #pragma unroll
     for (int u = 0; u < unroll; u++) {
@@ -141,7 +164,7 @@ __global__ void __launch_bounds__(n_thread, sizeof(T) == 2 && kHeads * Spread<T,
 #pragma unroll
       for (int c = 0; c < S::per_lane; c++) {
         float x[V];
-        kr[u][c].get(x);
+        load<T, V>(x, reinterpret_cast<const T*>(ring + slot(stage, 0, u, c)));
 #pragma unroll
         for (int h = 0; h < kHeads; h++) {
 #pragma unroll
@@ -151,7 +174,7 @@ __global__ void __launch_bounds__(n_thread, sizeof(T) == 2 && kHeads * Spread<T,
 #pragma unroll
       for (int h = 0; h < kHeads; h++) {
         s[u][h] = warp_sum<S::lanes>(s[u][h]);
-        if (!valid[u]) s[u][h] = minus_infinity();
+        if (own + (round * unroll + u) * groups >= end) s[u][h] = minus_infinity();
       }
     }
 #pragma unroll
@@ -159,20 +182,22 @@ __global__ void __launch_bounds__(n_thread, sizeof(T) == 2 && kHeads * Spread<T,
       float top = m[h];
 #pragma unroll
       for (int u = 0; u < unroll; u++) top = fmaxf(top, s[u][h]);
-      const float f = exp2_fast(m[h] - reference(top));
-      m[h] = top;
-      l[h] *= f;
+      if (__any_sync(0xffffffffu, top > m[h])) {
+        const float f = top > m[h] ? exp2_fast(m[h] - top) : 1.0f;
+        m[h] = top;
+        l[h] *= f;
 #pragma unroll
-      for (int e = 0; e < E; e++) out[h][e] *= f;
+        for (int e = 0; e < E; e++) out[h][e] *= f;
+      }
 #pragma unroll
-      for (int u = 0; u < unroll; u++) l[h] += s[u][h] = exp2_fast(s[u][h] - reference(top));
+      for (int u = 0; u < unroll; u++) l[h] += s[u][h] = exp2_fast(s[u][h] - reference(m[h]));
     }
 #pragma unroll
     for (int u = 0; u < unroll; u++) {
 #pragma unroll
       for (int c = 0; c < S::per_lane; c++) {
         float x[V];
-        vr[u][c].get(x);
+        load<T, V>(x, reinterpret_cast<const T*>(ring + slot(stage, 1, u, c)));
 #pragma unroll
         for (int h = 0; h < kHeads; h++) {
 #pragma unroll
@@ -180,6 +205,7 @@ __global__ void __launch_bounds__(n_thread, sizeof(T) == 2 && kHeads * Spread<T,
         }
       }
     }
+    stage = stage == S::stages - 1 ? 0 : stage + 1;
   }
 
   // Groups of a warp, by halves.
@@ -269,11 +295,26 @@ __global__ void __launch_bounds__(D) decode_merge_kernel(const __grid_constant__
   if (a.lse != nullptr && c == 0) a.lse[at] = (top + log2f(sum)) * ln_2;
 }
 
+// Parts of a row's keys: the fewest waves of blocks, each costing a start (as long as some 128 keys) and its share of the
+// keys, whose number only the device knows: 512, say.
+int split_for(int64_t rows, int64_t blocks_at_once) {
+  int best = 1;
+  int64_t least = INT64_MAX;
+  for (int n = 1; n <= max_split; n *= 2) {
+    const int64_t cost = div_up(rows * n, blocks_at_once) * (128 + 512 / n);
+    if (cost < least) least = cost, best = n;
+  }
+  return best;
+}
+
 template <class T, int D, int kHeads>
 void launch(const Context& ctx, const Attention& a) {
-  const auto rows = static_cast<int>(a.n_tok), columns = a.n_head / kHeads;
-  int n_split = 1;
-  while (n_split < max_split && n_split * rows * columns < ctx.n_sm) n_split *= 2;
+  constexpr int shared = Spread<T, D>::shared;
+  const auto kernel = decode_kernel<T, D, kHeads>;
+  static const cudaError_t once = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  MM_CUDA_CHECK(once);
+  const int rows = static_cast<int>(a.n_tok), columns = a.n_head / kHeads;
+  const int n_split = split_for(rows * columns, 2 * ctx.n_sm);
   const dim3 grid(static_cast<unsigned>(n_split), static_cast<unsigned>(columns), static_cast<unsigned>(rows));
   const float scale2 = a.scale * log2_e;
   if (ctx.arch >= 90) {
@@ -284,14 +325,15 @@ void launch(const Context& ctx, const Attention& a) {
     cudaLaunchConfig_t config = {};
     config.gridDim = grid;
     config.blockDim = dim3(n_thread);
+    config.dynamicSmemBytes = shared;
     config.stream = ctx.stream;
     config.attrs = &cluster;
-    config.numAttrs = 1;
-    MM_CUDA_CHECK(cudaLaunchKernelEx(&config, decode_kernel<T, D, kHeads>, a, scale2, n_split, static_cast<float*>(nullptr)));
+    config.numAttrs = n_split > 1 ? 1 : 0;
+    MM_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, a, scale2, n_split, static_cast<float*>(nullptr)));
     return;
   }
   auto* part = Scratch(ctx).take<float>(static_cast<size_t>(rows) * static_cast<size_t>(a.n_head * n_split * (D + 2)));
-  decode_kernel<T, D, kHeads><<<grid, n_thread, 0, ctx.stream>>>(a, scale2, n_split, part);
+  kernel<<<grid, n_thread, shared, ctx.stream>>>(a, scale2, n_split, part);
   MM_CUDA_LAUNCHED();
   decode_merge_kernel<T, D><<<dim3(static_cast<unsigned>(a.n_head), static_cast<unsigned>(rows)), D, 0, ctx.stream>>>(
       a, n_split, part);

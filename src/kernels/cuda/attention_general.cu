@@ -47,13 +47,27 @@ Dropout dropout_of(const Attention& a) {
   return {a.dropout, static_cast<float>(1.0 / (1.0 - static_cast<double>(a.dropout))), a.seed, a.stream};
 }
 
-// Rows [0, n_valid) of src as floats, zeros below and right of them.
-template <class T>
+// Rows [0, n_valid) of src as floats, zeros below them and up to a multiple of 4 columns. All loads of a thread are in
+// flight at once.
+template <int C, class T>
 __device__ __forceinline__ void load_tile(float* to, const T* src, int64_t ld, int n_valid, int d) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32, width = padded(d);
-  for (int r = warp; r < tile; r += n_warp) {
-    for (int c = lane; c < width; c += 32)
-      to[r * width + c] = r < n_valid && c < d ? to_float(src[r * ld + c]) : 0.0f;
+  float x[tile / n_warp][C];
+#pragma unroll
+  for (int r = 0; r < tile / n_warp; r++) {
+    const int row = warp + r * n_warp;
+#pragma unroll
+    for (int i = 0; i < C; i++) {
+      const int c = lane + 32 * i;
+      x[r][i] = row < n_valid && c < d ? to_float(src[row * ld + c]) : 0.0f;
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < tile / n_warp; r++) {
+#pragma unroll
+    for (int i = 0; i < C; i++) {
+      if (lane + 32 * i < width) to[(warp + r * n_warp) * width + lane + 32 * i] = x[r][i];
+    }
   }
 }
 template <class T>
@@ -139,8 +153,8 @@ __global__ void __launch_bounds__(n_thread, 1) general_fwd_kernel(const __grid_c
   }
   for (int first = 0; first < block_keys; first += tile) {
     __syncthreads();
-    load_tile(keys, static_cast<const T*>(a.k) + (seq.kv0 + first) * a.ldk + kv_column, a.ldk, seq.kv_len - first, d);
-    load_tile(values, static_cast<const T*>(a.v) + (seq.kv0 + first) * a.ldv + kv_column, a.ldv, seq.kv_len - first, d);
+    load_tile<C>(keys, static_cast<const T*>(a.k) + (seq.kv0 + first) * a.ldk + kv_column, a.ldk, seq.kv_len - first, d);
+    load_tile<C>(values, static_cast<const T*>(a.v) + (seq.kv0 + first) * a.ldv + kv_column, a.ldv, seq.kv_len - first, d);
     __syncthreads();
     if (first >= most) continue;
     float s[R];
@@ -209,8 +223,8 @@ __global__ void __launch_bounds__(n_thread, 1)
   }
   for (int first = 0; first < block_keys; first += tile) {
     __syncthreads();
-    load_tile(keys, static_cast<const T*>(a.k) + (seq.kv0 + first) * a.ldk + kv_column, a.ldk, seq.kv_len - first, d);
-    load_tile(values, static_cast<const T*>(a.v) + (seq.kv0 + first) * a.ldv + kv_column, a.ldv, seq.kv_len - first, d);
+    load_tile<C>(keys, static_cast<const T*>(a.k) + (seq.kv0 + first) * a.ldk + kv_column, a.ldk, seq.kv_len - first, d);
+    load_tile<C>(values, static_cast<const T*>(a.v) + (seq.kv0 + first) * a.ldv + kv_column, a.ldv, seq.kv_len - first, d);
     __syncthreads();
     if (first >= most) continue;
     float s[R], dp[R];
@@ -264,8 +278,8 @@ __global__ void __launch_bounds__(n_thread, 1)
     for (int first = block_key / tile * tile; first < seq.q_len; first += tile) {
       const int64_t row0 = seq.q0 + first;
       __syncthreads();
-      load_tile(queries, static_cast<const T*>(a.q) + row0 * a.ldq + head * d, a.ldq, seq.q_len - first, d);
-      load_tile(grads, static_cast<const T*>(b.dout) + row0 * b.lddout + head * d, b.lddout, seq.q_len - first, d);
+      load_tile<C>(queries, static_cast<const T*>(a.q) + row0 * a.ldq + head * d, a.ldq, seq.q_len - first, d);
+      load_tile<C>(grads, static_cast<const T*>(b.dout) + row0 * b.lddout + head * d, b.lddout, seq.q_len - first, d);
       __syncthreads();
       const int end = min(tile, seq.q_len - first);
       if (key0 >= seq.q_len || key0 - first >= end) continue;

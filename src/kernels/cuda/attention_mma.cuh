@@ -50,6 +50,13 @@ inline int64_t tile_grid(const Attention& a, int rows) {
   return a.n_tok / rows + std::min(a.n_seq, a.n_tok);
 }
 
+// Heads that a block works through one after another: as many as leave enough blocks to balance the load.
+inline int heads_per_block(int64_t tiles, int n_head, int blocks_at_once) {
+  int heads = 1;
+  while (n_head % (2 * heads) == 0 && tiles * n_head / (2 * heads) >= 2 * blocks_at_once) heads *= 2;
+  return heads;
+}
+
 // Rows of a sequence; query i sees keys up to i + shift.
 struct Sequence {
   int q0, q_len, kv0, kv_len, shift;
@@ -76,6 +83,9 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 }
 __device__ __forceinline__ void cp_async16(uint32_t dst, const void* src, bool valid) {  // zeros when not valid
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(valid ? 16 : 0));
+}
+__device__ __forceinline__ void cp_async4(uint32_t dst, const void* src, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(dst), "l"(src), "r"(valid ? 4 : 0));
 }
 __device__ __forceinline__ void cp_async8(uint32_t dst, const void* src, bool valid) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(dst), "l"(src), "r"(valid ? 8 : 0));

@@ -84,9 +84,9 @@ void scatter_add(const Context& ctx, DType t, void* out, const void* x, const in
 
 // What changes from step to step, on the device, so that a captured graph reads it afresh. One float or int each.
 struct AdamWState {
-  float lr, max_norm;     // max_norm 0: no clipping
-  double loss_weight;     // for the loss: sum of the step's loss weights
-  double sum_sq;          // written by sum_sq: squared norm of the gradients
+  float lr, max_norm;  // max_norm 0: no clipping
+  float inv_scale;     // 1 / loss scale: the gradients are that much too large (fp16), 1 elsewhere
+  double sum_sq;       // written by sum_sq: squared norm of the gradients, as they are
   int32_t update_count;   // updates done; adamw's last kernel adds 1 unless it skipped
   int32_t skip;           // not 0: no update (asked by the host)
 };

@@ -7,7 +7,7 @@
 //            run of b: crosses tiles; tile 0 leaves `tail`, tiles 1 and 2 leave `head` in ctx.scratch, and a second
 //            kernel adds them up, tile after tile, and adds the sum to dtable
 //
-// Every row of dtable is written by one block only. A thread owns 4 columns and loads 8 rows (and the rows of dtable
+// Every row of dtable is written by one block only. A thread owns 4 columns and loads 4 rows (and the rows of dtable
 // that end there) at once. Ids of -1 sort to the end and are skipped.
 //
 // The sort takes two kernels: blocks sort chunks of 4096 positions, then every position finds its rank by binary search
@@ -199,7 +199,7 @@ Sorted sort_ids(const Context& ctx, Scratch& scratch, const int32_t* ids, int64_
   return {sorted, order, count, 0};
 }
 
-constexpr int kTile = 32, kBatch = 8, kParts = 2;
+constexpr int kTile = 32, kBatch = 4, kParts = 1;
 
 template <class T, int V>
 void add_rows(const Context& ctx, Scratch& scratch, float* dtable, const T* dout, Sorted s, int64_t d) {

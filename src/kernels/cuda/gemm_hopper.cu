@@ -58,7 +58,7 @@ void launch(const Context& ctx, void (*kernel)(GemmParams), dim3 blocks, unsigne
     attribute.val.clusterDim.x = 2, attribute.val.clusterDim.y = 1, attribute.val.clusterDim.z = 1;
   } else {
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
+    attribute.val.programmaticStreamSerializationAllowed = p.pdl;
   }
   cudaLaunchConfig_t config{};
   config.gridDim = blocks;
@@ -90,7 +90,8 @@ void run(const Context& ctx, const HopperGemm& g, GemmParams& p) {
            true);
     if (plan.slots() == 0) return;
     launch(ctx, hopper_gemm_add_slots<kN>,
-           dim3(static_cast<unsigned>(plan.tiles), 16, static_cast<unsigned>(p.experts.n_expert)), 128, 0, p, false);
+           dim3(static_cast<unsigned>(plan.tiles), kN / 16 * 4, static_cast<unsigned>(p.experts.n_expert)), 128, 0, p,
+           false);
     return;
   }
   p.a = tensor_map(g.a, g.k, g.m, g.lda, 1, 0, 128);
@@ -179,6 +180,7 @@ void hopper_gemm(const Context& ctx, const HopperGemm& given) {
   p.experts = {g.offset, g.offset == nullptr ? 1 : g.n_expert,
                static_cast<int>(g.layout == GemmLayout::wgrad ? g.k : g.m)};
   if (g.epilogue == GemmEpilogue::swiglu) p.n /= 2;
+  p.ahead = g.ahead, p.out_ahead = g.out_ahead, p.pdl = g.pdl;
   switch (g.tile_n != 0 && g.epilogue != GemmEpilogue::swiglu ? g.tile_n : choose_tile(ctx, g)) {
     case 128: run<128>(ctx, g, p); break;
     case 192: run<192>(ctx, g, p); break;

@@ -43,6 +43,7 @@ struct GemmParams {
   ExpertRows experts;
   SegmentPlan plan;  // wgrad
   int m, n, k;       // n of swiglu: its half
+  int ahead, out_ahead, pdl;
 };
 
 enum class GemmKind { store, residual, swiglu, add_f32 };
@@ -262,14 +263,27 @@ __global__ void __launch_bounds__(384, 1) hopper_gemm_kernel(const __grid_consta
 
   if (group == 0) {
     registers_decrease<40>();
-    if constexpr (kWgrad) hopper::let_next_kernel_start();
+    if (kWgrad && p.pdl) let_next_kernel_start();
     if (threadIdx.x == 0) {
       prefetch_tensor_map(&p.a);
       prefetch_tensor_map(&p.b);
       int stage = 0;
       uint32_t phase = 0;
+      // Asks for the A (rows of x or dy) of a later step, so that TMA finds it in L2: by one of the clusters that share it.
+      const auto prefetch_a = [&](int row, int k) {
+        if constexpr (kAMajor == 0) {
+          prefetch_tile(&p.a, k, row, 0);
+        } else {
+          prefetch_tile(&p.a, row, k, 0);
+          prefetch_tile(&p.a, row + 64, k, 0);
+        }
+      };
+      RowTileWalk later(p.experts, 256, column_tiles, cluster, clusters);
+      RowTile next{};
+      bool more = !kWgrad && later.next(next);
       for_work([&](int expert, int row, int, int column, int begin, int end, int) {
         const int first = kWgrad ? p.experts.begin(expert) : 0;
+        if (!kWgrad && more) more = later.next(next);
         for (int i = begin; i < end; i++) {
           const int k = first + i * kGemmBlockK;
           const uint32_t a = base + stage * Tile::stage_bytes, b = a + Tile::a_bytes, bar = full + 8 * stage;
@@ -288,6 +302,20 @@ __global__ void __launch_bounds__(384, 1) hopper_gemm_kernel(const __grid_consta
 #pragma unroll
             for (int j = 0; j < kN / 64; j++)
               load_tile<2>(b + j * 8192 + rank * 4096, &p.b, bar, column + 64 * j, k + 32 * rank, kWgrad ? 0 : expert);
+          }
+          if (p.ahead > 0) {
+            const int j = i + p.ahead, later_k = first + j * kGemmBlockK;
+            if (j < end) {
+              if (column == 0) prefetch_a(row, later_k);
+              if constexpr (kWgrad) {
+                if (row < 256) {
+#pragma unroll
+                  for (int c = 0; c < kN / 64; c++) prefetch_tile(&p.b, column + 64 * c, later_k + 32 * rank, 0);
+                }
+              }
+            } else if (!kWgrad && more && next.column == 0 && j - end < end) {
+              prefetch_a(next.row + rank * 128, (j - end) * kGemmBlockK);
+            }
           }
           if (++stage == kStages) stage = 0, phase ^= 1;
         }
@@ -375,7 +403,7 @@ __global__ void __launch_bounds__(384, 1) hopper_gemm_kernel(const __grid_consta
       } else {
         if constexpr (kWgrad) {
           for (; i + kPrefetchSteps < end; i++) step(i);
-          if (slot < 0)
+          if (slot < 0 && p.out_ahead)
             prefetch_rows<kN>(static_cast<const float*>(p.out) + expert * p.stride, p.ldo, row + half * 64, p.m, column, p.n);
         }
         for (; i < end; i++) step(i);
@@ -413,40 +441,39 @@ __global__ void __launch_bounds__(384, 1) hopper_gemm_kernel(const __grid_consta
 #endif
 }
 
-// Adds the slots of every tile to the output, in the order of the rows. A block: rows of one warpgroup's sums, a quarter
-// of the columns.
+// Adds the slots of every tile to the output, in the order of the rows. A block: 64 rows (one warpgroup's sums), 16
+// columns: two float4 a thread.
 template <int kN>
 __global__ void __launch_bounds__(128) hopper_gemm_add_slots(const __grid_constant__ GemmParams p) {
-  const int column_tiles = (p.n + kN - 1) / kN, part = static_cast<int>(blockIdx.y) % 4,
-            group = static_cast<int>(blockIdx.y) / 4 % 2, rank = static_cast<int>(blockIdx.y) / 8,
-            tile = static_cast<int>(blockIdx.x), expert = static_cast<int>(blockIdx.z);
-  constexpr int kCount = kN / 32;
+  constexpr int kParts = kN / 16;
 #if defined(MM_SM90A)
   hopper::wait_for_kernel_before();
 #endif
-  float4 s[kCount];
+  const int column_tiles = (p.n + kN - 1) / kN, part = static_cast<int>(blockIdx.y) % kParts,
+            group = static_cast<int>(blockIdx.y) / kParts % 2, rank = static_cast<int>(blockIdx.y) / kParts / 2,
+            tile = static_cast<int>(blockIdx.x), expert = static_cast<int>(blockIdx.z);
+  const int lane = static_cast<int>(threadIdx.x) % 32,
+            row = tile / column_tiles * 256 + rank * 128 + group * 64 + static_cast<int>(threadIdx.x) / 32 * 16 + lane / 4,
+            column = tile % column_tiles * kN + part * 16 + lane % 4 * 2;
+  float4 s[2] = {};
   bool any = false;
   for_slots(p.plan, expert, tile, [&](int slot) {
-    const float4* from = slot_of<kN>(p.partial, slot, rank, group) + part * kCount * 128 + threadIdx.x;
+    const float4* from = slot_of<kN>(p.partial, slot, rank, group) + part * 2 * 128 + threadIdx.x;
 #pragma unroll
-    for (int i = 0; i < kCount; i++) {
+    for (int i = 0; i < 2; i++) {
       const float4 v = from[i * 128];
-      if (!any) s[i] = v;
-      else s[i] = make_float4(s[i].x + v.x, s[i].y + v.y, s[i].z + v.z, s[i].w + v.w);
+      s[i] = make_float4(s[i].x + v.x, s[i].y + v.y, s[i].z + v.z, s[i].w + v.w);
     }
     any = true;
   });
   if (!any) return;
-  const int lane = static_cast<int>(threadIdx.x) % 32,
-            row = tile / column_tiles * 256 + rank * 128 + group * 64 + static_cast<int>(threadIdx.x) / 32 * 16 + lane / 4,
-            column = tile % column_tiles * kN + part * (kN / 4) + lane % 4 * 2;
-  float* out = static_cast<float*>(p.out) + expert * p.stride;
+  float* out = static_cast<float*>(p.out) + expert * p.stride + column;
 #pragma unroll
-  for (int i = 0; i < kCount; i++) {
+  for (int i = 0; i < 2; i++) {
     if (column + 8 * i >= p.n) continue;
-    float2* at = reinterpret_cast<float2*>(out + row * p.ldo + column + 8 * i);
+    float2* at = reinterpret_cast<float2*>(out + row * p.ldo + 8 * i);
     if (row < p.m) *at = {at->x + s[i].x, at->y + s[i].y};
-    at = reinterpret_cast<float2*>(out + (row + 8) * p.ldo + column + 8 * i);
+    at = reinterpret_cast<float2*>(out + (row + 8) * p.ldo + 8 * i);
     if (row + 8 < p.m) *at = {at->x + s[i].z, at->y + s[i].w};
   }
 }

@@ -37,6 +37,7 @@ struct HopperGemm {
   int n_expert = 1;
   int64_t stride = 0;
   int tile_n = 0;      // columns of a tile, 256, 192 or 128; 0: chosen by size
+  int ahead = 8, out_ahead = 1, pdl = 1;
   bool defer = true;   // false: every tile is stored before the next is begun (slower, for comparison)
 };
 

@@ -69,6 +69,11 @@ __device__ inline void load_tile(uint32_t dst, const CUtensorMap* map, uint32_t 
   }
 }
 
+// A tile's elements into L2.
+__device__ inline void prefetch_tile(const CUtensorMap* map, int x, int y, int z) {
+  asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(map), "r"(x), "r"(y), "r"(z)
+               : "memory");
+}
 __device__ inline void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // Programmatic dependent launch: the next kernel's blocks may take their places as this one's leave, and wait there

@@ -63,7 +63,7 @@ class RowTileWalk {
   }
 
  private:
-  ExpertRows experts_;
+  const ExpertRows& experts_;
   int tile_rows_, columns_, next_, step_, expert_ = 0, base_ = 0;
 };
 
@@ -197,7 +197,7 @@ class SegmentWalk {
     return true;
   }
 
-  SegmentPlan p_;
+  const SegmentPlan& p_;
   const uint32_t* units_;
   int n_units_, cluster_, expert_ = 0, share_ = 0, slot_ = 0;
   int64_t at_, base_ = 0, rest_at_ = -1;

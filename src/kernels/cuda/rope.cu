@@ -67,17 +67,17 @@ __device__ __forceinline__ float group_sum(float x, int first) {
 
 // --- forward ------------------------------------------------------------------------------------------------------
 // `heads` of a token: queries, keys and, when they are copied, values. Each group takes U of them.
-template <class T, int G, int U, int kBlocks>
+template <class T, int V, int G, int U, int kBlocks>
 __global__ void __launch_bounds__(kWarps * 32, kBlocks) fwd_kernel(FwdArgs<T> a, RopeShape s, unsigned heads) {
   constexpr int kGroups = 32 / G;
-  const int lane = threadIdx.x % 32, group = lane / G, half = s.d_head / 2, c = (lane - group * G) * 8,
+  const int lane = threadIdx.x % 32, group = lane / G, half = s.d_head / 2, c = (lane - group * G) * V,
             rotated = s.n_head + s.n_kv_head;
   const unsigned items = static_cast<unsigned>(s.n) * heads;
   const unsigned first = (blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32) * (kGroups * U) + group;
   unsigned token[U];
   int head[U];
   bool on[U];
-  Raw<T, 8> lo[U] = {}, hi[U] = {};
+  Raw<T, V> lo[U] = {}, hi[U] = {};
 #pragma unroll
   for (int j = 0; j < U; j++) {
     const unsigned item = first + j * kGroups;
@@ -91,17 +91,17 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks) fwd_kernel(FwdArgs<T> a,
   for (int j = 0; j < U; j++) {
     const bool turns = on[j] && head[j] < rotated;
     const T* w = head[j] < s.n_head ? a.q_weight : a.k_weight;
-    float cos[8] = {}, sin[8] = {};
-    Raw<T, 8> w_lo = {}, w_hi = {};
+    float cos[V] = {}, sin[V] = {};
+    Raw<T, V> w_lo = {}, w_hi = {};
     if (turns) {
       const int64_t at = static_cast<int64_t>(s.positions[token[j]]) * half + c;
       load(cos, s.cos + at), load(sin, s.sin + at);
       if (w != nullptr) w_lo.load(w + c), w_hi.load(w + c + half);
     }
-    float u[8], v[8], sum = 0;
+    float u[V], v[V], sum = 0;
     lo[j].get(u), hi[j].get(v);
 #pragma unroll
-    for (int i = 0; i < 8; i++) sum += u[i] * u[i] + v[i] * v[i];
+    for (int i = 0; i < V; i++) sum += u[i] * u[i] + v[i] * v[i];
     sum = group_sum<G>(sum, group * G);
     if (!on[j]) continue;
     T* out = head_out(a, s, token[j], head[j]) + c;
@@ -111,13 +111,13 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks) fwd_kernel(FwdArgs<T> a,
     }
     if (w != nullptr) {
       const float r = __frsqrt_rn(sum / static_cast<float>(s.d_head) + s.eps);
-      float wu[8], wv[8];
+      float wu[V], wv[V];
       w_lo.get(wu), w_hi.get(wv);
 #pragma unroll
-      for (int i = 0; i < 8; i++) u[i] = u[i] * r * wu[i], v[i] = v[i] * r * wv[i];
+      for (int i = 0; i < V; i++) u[i] = u[i] * r * wu[i], v[i] = v[i] * r * wv[i];
     }
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
+    for (int i = 0; i < V; i++) {
       const float y = u[i] * cos[i] - v[i] * sin[i];
       v[i] = v[i] * cos[i] + u[i] * sin[i];
       u[i] = y;
@@ -156,12 +156,12 @@ __global__ void fwd_any(FwdArgs<T> a, RopeShape s) {
 }
 
 // --- backward -----------------------------------------------------------------------------------------------------
-template <class T, int G, int U, bool kNorm, int kBlocks>
+template <class T, int V, int G, int U, bool kNorm, int kBlocks>
 __global__ void __launch_bounds__(kWarps * 32, kBlocks) bwd_kernel(BwdArgs<T> a, RopeShape s) {
   constexpr int kGroups = 32 / G;
-  __shared__ __align__(16) float sums[kNorm ? kWarps * kGroups : 1][G * 16];
+  __shared__ __align__(16) float sums[kNorm ? kWarps * kGroups : 1][G * 2 * V];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = lane / G, half = s.d_head / 2,
-            c = (lane - group * G) * 8;
+            c = (lane - group * G) * V;
   const bool active = group < kGroups && c < half, keys = static_cast<int>(blockIdx.x) >= a.q_blocks;
   const unsigned block = keys ? blockIdx.x - a.q_blocks : blockIdx.x,
                  blocks = keys ? gridDim.x - a.q_blocks : a.q_blocks, heads = keys ? s.n_kv_head : s.n_head,
@@ -169,14 +169,14 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks) bwd_kernel(BwdArgs<T> a,
   const int64_t width = static_cast<int64_t>(s.n_head + 2 * s.n_kv_head) * s.d_head,
                 column = (keys ? s.n_head * s.d_head : 0) + c;
   const T* w = keys ? a.k_weight : a.q_weight;
-  Raw<T, 8> w_lo = {}, w_hi = {};
+  Raw<T, V> w_lo = {}, w_hi = {};
   if (kNorm && active) w_lo.load(w + c), w_hi.load(w + c + half);
-  float dw_lo[8] = {}, dw_hi[8] = {};
+  float dw_lo[V] = {}, dw_hi[V] = {};
   for (unsigned base = (block * kWarps + warp) * (kGroups * U); base < items; base += blocks * kWarps * kGroups * U) {
     unsigned token[U];
     int64_t at[U];
     bool on[U];
-    Raw<T, 8> d_lo[U] = {}, d_hi[U] = {}, x_lo[U] = {}, x_hi[U] = {};
+    Raw<T, V> d_lo[U] = {}, d_hi[U] = {}, x_lo[U] = {}, x_hi[U] = {};
 #pragma unroll
     for (int j = 0; j < U; j++) {
       const unsigned item = base + j * kGroups + group;
@@ -189,26 +189,26 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks) bwd_kernel(BwdArgs<T> a,
     }
 #pragma unroll
     for (int j = 0; j < U; j++) {
-      float cos[8] = {}, sin[8] = {};
+      float cos[V] = {}, sin[V] = {};
       if (on[j]) {
         const int64_t row = static_cast<int64_t>(s.positions[token[j]]) * half + c;
         load(cos, s.cos + row), load(sin, s.sin + row);
       }
-      float u[8], v[8];  // the gradient before the rotation
+      float u[V], v[V];  // the gradient before the rotation
       d_lo[j].get(u), d_hi[j].get(v);
 #pragma unroll
-      for (int i = 0; i < 8; i++) {
+      for (int i = 0; i < V; i++) {
         const float g = u[i] * cos[i] + v[i] * sin[i];
         v[i] = v[i] * cos[i] - u[i] * sin[i];
         u[i] = g;
       }
       if constexpr (kNorm) {
-        float x[8], y[8], wx[8], wy[8];
+        float x[V], y[V], wx[V], wy[V];
         w_lo.forget(), w_hi.forget();
         x_lo[j].get(x), x_hi[j].get(y), w_lo.get(wx), w_hi.get(wy);
         float square = 0, inner = 0;
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
+        for (int i = 0; i < V; i++) {
           square += x[i] * x[i] + y[i] * y[i];
           inner += u[i] * wx[i] * x[i] + v[i] * wy[i] * y[i];
         }
@@ -218,7 +218,7 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks) bwd_kernel(BwdArgs<T> a,
         x_lo[j].forget(), x_hi[j].forget(), w_lo.forget(), w_hi.forget();
         x_lo[j].get(x), x_hi[j].get(y), w_lo.get(wx), w_hi.get(wy);
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
+        for (int i = 0; i < V; i++) {
           const float xhat = x[i] * r, yhat = y[i] * r;
           dw_lo[i] += u[i] * xhat, dw_hi[i] += v[i] * yhat;
           u[i] = r * (u[i] * wx[i] - xhat * m), v[i] = r * (v[i] * wy[i] - yhat * m);
@@ -228,10 +228,10 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks) bwd_kernel(BwdArgs<T> a,
     }
   }
   if constexpr (kNorm) {
-    if (active) store(&sums[warp * kGroups + group][c], dw_lo), store(&sums[warp * kGroups + group][G * 8 + c], dw_hi);
+    if (active) store(&sums[warp * kGroups + group][c], dw_lo), store(&sums[warp * kGroups + group][G * V + c], dw_hi);
     __syncthreads();
     for (int i = threadIdx.x; i < s.d_head; i += kWarps * 32) {
-      const int col = i < half ? i : G * 8 + i - half;
+      const int col = i < half ? i : G * V + i - half;
       float sum = sums[0][col];
 #pragma unroll 8
       for (int k = 1; k < kWarps * kGroups; k++) sum += sums[k][col];
@@ -291,16 +291,17 @@ __global__ void bwd_any(BwdArgs<T> a, RopeShape s) {
 }
 
 // --- launches -----------------------------------------------------------------------------------------------------
-// f(integral constant G) for the lanes that half a head takes; false when no G fits.
-template <class F>
+// f(integral constant G) for the lanes that half a head takes at V elements each; false when no G fits.
+template <int V, class F>
 bool with_lanes(int d_head, F&& f) {
-  const int packs = d_head / 2 / 8;
-  if (d_head % 16 != 0 || packs > 16) return false;
-  if (packs == 1) f(std::integral_constant<int, 1>{});
-  else if (packs == 2) f(std::integral_constant<int, 2>{});
-  else if (packs <= 4) f(std::integral_constant<int, 4>{});
-  else if (packs == 6) f(std::integral_constant<int, 6>{});
-  else if (packs <= 8) f(std::integral_constant<int, 8>{});
+  const int lanes = d_head / 2 / V;
+  if (d_head % (2 * V) != 0 || lanes > 16) return false;
+  if (lanes == 1) f(std::integral_constant<int, 1>{});
+  else if (lanes == 2) f(std::integral_constant<int, 2>{});
+  else if (lanes <= 4) f(std::integral_constant<int, 4>{});
+  else if (lanes == 6) f(std::integral_constant<int, 6>{});
+  else if (lanes <= 8) f(std::integral_constant<int, 8>{});
+  else if (lanes == 12) f(std::integral_constant<int, 12>{});
   else f(std::integral_constant<int, 16>{});
   return true;
 }
@@ -308,17 +309,17 @@ bool with_lanes(int d_head, F&& f) {
 RopeShape shape(const NormRope& a) { return {a.cos, a.sin, a.positions, a.eps, a.n, a.n_head, a.n_kv_head, a.d_head}; }
 
 // Heads that a lane group has in flight, and blocks a multiprocessor.
-constexpr int kFwdHeads = 1, kFwdBlocksPerSm = 3, kBwdHeads = 1, kBwdBlocksPerSm = 2;
+constexpr int kFwdHeads = 2, kFwdBlocksPerSm = 2, kBwdHeads = 2, kBwdBlocksPerSm = 2;
 
-template <class T, int U = kFwdHeads, int kBlocks = kFwdBlocksPerSm>
+template <class T, int V = 8, int U = kFwdHeads, int kBlocks = kFwdBlocksPerSm>
 void fwd(const Context& ctx, const FwdArgs<T>& f, const RopeShape& s) {
   const int64_t heads = s.n_head + (f.v_out != nullptr ? 2 : 1) * s.n_kv_head, items = s.n * heads;
   const bool vectors = aligned({f.q_out, f.k_out, f.v_out, f.qkv, f.q_weight, f.k_weight, s.cos, s.sin}) &&
                        f.ldk % 8 == 0 && (f.v_out == nullptr || f.ldv % 8 == 0) && items < int64_t{1} << 31;
   const bool done =
-      vectors && with_lanes(s.d_head, [&](auto lanes) {
+      vectors && with_lanes<V>(s.d_head, [&](auto lanes) {
         const int64_t warps = div_up(items, 32 / lanes.value * U), block = warps <= ctx.n_sm ? 1 : kWarps;
-        fwd_kernel<T, lanes.value, U, kBlocks>
+        fwd_kernel<T, V, lanes.value, U, kBlocks>
             <<<static_cast<unsigned>(div_up(warps, block)), static_cast<unsigned>(block * 32), 0, ctx.stream>>>(
                 f, s, static_cast<unsigned>(heads));
       });
@@ -326,7 +327,7 @@ void fwd(const Context& ctx, const FwdArgs<T>& f, const RopeShape& s) {
   MM_CUDA_LAUNCHED();
 }
 
-template <class T, int U = kBwdHeads, int kBlocks = kBwdBlocksPerSm>
+template <class T, int V = 8, int U = kBwdHeads, int kBlocks = kBwdBlocksPerSm>
 void bwd(const Context& ctx, float* dq_weight, float* dk_weight, BwdArgs<T> b, const RopeShape& s) {
   const bool vectors = aligned({b.dqkv, b.qkv, b.q_weight, b.k_weight, s.cos, s.sin}) && s.n * s.n_head < int64_t{1}
                                                                                                               << 31;
@@ -340,10 +341,11 @@ void bwd(const Context& ctx, float* dq_weight, float* dk_weight, BwdArgs<T> b, c
   const bool norm = b.q_weight != nullptr;
   Scratch scratch(ctx);
   b.partial = norm ? scratch.take<float>(static_cast<size_t>(blocks) * static_cast<size_t>(s.d_head)) : nullptr;
-  const bool done = vectors && with_lanes(s.d_head, [&](auto lanes) {
+  const bool done = vectors && with_lanes<V>(s.d_head, [&](auto lanes) {
                       if (norm)
-                        bwd_kernel<T, lanes.value, U, true, kBlocks><<<blocks, kWarps * 32, 0, ctx.stream>>>(b, s);
-                      else bwd_kernel<T, lanes.value, U, false, kBlocks><<<blocks, kWarps * 32, 0, ctx.stream>>>(b, s);
+                        bwd_kernel<T, V, lanes.value, U, true, kBlocks><<<blocks, kWarps * 32, 0, ctx.stream>>>(b, s);
+                      else
+                        bwd_kernel<T, V, lanes.value, U, false, kBlocks><<<blocks, kWarps * 32, 0, ctx.stream>>>(b, s);
                     });
   if (!done) {
     const size_t bytes = static_cast<size_t>(kWarps * s.d_head) * sizeof(float);

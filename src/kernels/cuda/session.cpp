@@ -6,7 +6,7 @@
 
 namespace mm::cuda {
 
-static constexpr size_t scratch_bytes = size_t{96} << 20;
+static constexpr size_t scratch_bytes = size_t{64} << 20;
 
 Session::Session() {
   const CudaStatus& gpu = cuda_status();
