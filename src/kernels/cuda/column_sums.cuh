@@ -20,7 +20,7 @@ static __global__ void __launch_bounds__(1024) add_column_sums_kernel(ColumnSums
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, col = blockIdx.x * 32 + lane;
   float sum = 0;
   if (col < d) {
-#pragma unroll 4
+#pragma unroll 8
     for (int row = warp; row < s.n; row += 32) sum += s.partial[static_cast<int64_t>(row) * d + col];
   }
   tile[warp][lane] = sum;
