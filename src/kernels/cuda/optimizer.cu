@@ -9,6 +9,8 @@
 // Sums: each thread adds 16 squares in fp32, then in double; blocks leave one double each, which a second kernel adds
 // in a fixed order. On devices of the consumer kind, double additions are 64 times slower than fp32: one in 16 costs
 // them less than the memory does.
+// H100, 63.9M parameters: update with bf16 weights 649 us (99 % of a copy of 3.0 TB/s; 8 parameters a thread 660 us),
+// norm 89 us (97 %).
 #include "kernels/cuda/device_math.cuh"
 
 namespace mm::cuda {
