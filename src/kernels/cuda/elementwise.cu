@@ -1,5 +1,6 @@
 // Vectors and copies of rows: dropout, add, copy, zero, cast, gather, scatter. Memory-bound; 8 elements a thread where
 // the addresses allow 16-byte accesses, one where not.
+//
 // H100, bf16, 24576x768, % of a copy of 3.0 TB/s: dropout 30 us (85 %), add 41 us (92 %), gather 21 us (its source in
 // L2); cast of 60M fp32 121 us (99 %).
 //

@@ -12,8 +12,13 @@
 //
 // The sort takes two kernels: blocks sort chunks of 4096 positions, then every position finds its rank by binary search
 // in the other chunks. A general radix sort over the device takes 8 launches, 32 us for 24576 ids; this one is
-// quadratic in the number of chunks, which stays below the sums' cost up to millions of tokens. Bytes: n d sizeof(T) +
-// 2 * 4 d * (different ids) + the sort's few.
+// quadratic in the number of chunks, which stays below the sums' cost up to a million tokens.
+//
+// Bytes: n d sizeof(T) + 2 * 4 d * (different ids) + the sort's few.
+//
+// H100, bf16, 768 columns, 6400 ids by Zipf's law: 24576 rows 51 us (sort 14, tiles 28, edges 8), 98304 rows 147 us.
+// Slower: CUB's DeviceRadixSort instead of the two kernels 89 us in all; 8 or 16 rows in flight (tiles 30, 32 us). No
+// difference: 2 or 8 columns a thread, tiles of 16 or 64 positions.
 #include <cub/block/block_radix_sort.cuh>
 
 #include "kernels/cuda/device_math.cuh"

@@ -13,12 +13,14 @@
 // over all its rows, a block combines its warps, and add_column_sums the blocks (partial sums in ctx.scratch).
 //
 // Bytes: forward 2 n d sizeof(T), backward 4 n d sizeof(T) (dy, x, dx read; dx written).
+//
 // H100, bf16, % of a copy of 3.0 TB/s (each figure includes 2 us of launch): forward 65536x768 71.8 us (94 %),
 // 24576x768 29.7 us (85 %), 12288x4096 72.1 us (94 %), 1 to 64 rows 1.7 us; backward 65536x768 143 us (95 %),
-// 24576x768 60.7 us (84 %, 4.9 us of it for add_column_sums). Naive, 24576x768: 186 and 596 us. Tried in forward: a
-// resident grid that loads its next row ahead 74 to 77 us (65536x768; 103 us at 6 blocks a multiprocessor, which
-// spills), 2 rows a warp 71.5, blocks of 2 or 4 warps 71.8, streaming stores 71.9. In backward 3 blocks a
-// multiprocessor instead of 2: 165 us (spills). The naive variants for comparison are in norm_naive.cu.
+// 24576x768 60.7 us (84 %, 4.9 us of it for add_column_sums). Naive, 24576x768: 186 and 596 us.
+//
+// Tried, 65536x768: forward with a resident grid that loads its next row ahead 74 to 77 us, with 2 rows a warp 71.5,
+// blocks of 2 or 4 warps 71.8, streaming stores 71.9; backward with 3 blocks a multiprocessor instead of 2 165 us
+// (registers spill). The naive variants for comparison are in norm_naive.cu.
 #include "kernels/cuda/column_sums.cuh"
 #include "kernels/cuda/device_math.cuh"
 #include "kernels/cuda/norm_naive.h"

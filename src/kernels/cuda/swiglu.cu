@@ -4,6 +4,9 @@
 // Memory-bound: 3 n f elements forward, 5 or 6 n f backward. A thread takes 8 neighbours of gate and the same of up
 // (16-byte accesses); backward reads all it needs before it writes, so dgate_up may be gate_up. Widths or addresses
 // that do not allow this take one element a thread.
+//
+// H100, bf16, 24576x2432: forward 121 us (99 % of a copy of 3.0 TB/s), backward in place with act 244 us (99 %); 1 to
+// 64 rows 1.6 us.
 #include "kernels/cuda/device_math.cuh"
 
 namespace mm::cuda {
