@@ -126,6 +126,7 @@ void LmHead::backward_staged(const Device& dev, const Model& model, Activations&
 // All rows take part: rows without a target have a zero gradient, and the host need not know which they are.
 void LmHead::gpu_backward(const Device& dev, const Model& model, View h, const int32_t* targets, View g, View dh,
                           ParamBuffer& grads, View logp) {
+  if (h.rows() == 0) return;
   const int64_t n_chunk = (h.rows() + chunk_ - 1) / chunk_;  // of equal size, in whole tiles
   const int64_t size = (h.rows() + n_chunk * 128 - 1) / (n_chunk * 128) * 128;
   for (int64_t first = 0; first < h.rows(); first += size) {
