@@ -295,18 +295,6 @@ __global__ void __launch_bounds__(D) decode_merge_kernel(const __grid_constant__
   if (a.lse != nullptr && c == 0) a.lse[at] = (top + log2f(sum)) * ln_2;
 }
 
-// Parts of a row's keys: the fewest waves of blocks, each costing a start (as long as some 128 keys) and its share of the
-// keys, whose number only the device knows: 512, say.
-int split_for(int64_t rows, int64_t blocks_at_once) {
-  int best = 1;
-  int64_t least = INT64_MAX;
-  for (int n = 1; n <= max_split; n *= 2) {
-    const int64_t cost = div_up(rows * n, blocks_at_once) * (128 + 512 / n);
-    if (cost < least) least = cost, best = n;
-  }
-  return best;
-}
-
 template <class T, int D, int kHeads>
 void launch(const Context& ctx, const Attention& a) {
   constexpr int shared = Spread<T, D>::shared;
@@ -314,7 +302,8 @@ void launch(const Context& ctx, const Attention& a) {
   static const cudaError_t once = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   MM_CUDA_CHECK(once);
   const int rows = static_cast<int>(a.n_tok), columns = a.n_head / kHeads;
-  const int n_split = split_for(rows * columns, 2 * ctx.n_sm);
+  int n_split = 1;  // as many as are resident at once, two blocks an SM
+  while (n_split < max_split && 2 * n_split * rows * columns <= 2 * ctx.n_sm) n_split *= 2;
   const dim3 grid(static_cast<unsigned>(n_split), static_cast<unsigned>(columns), static_cast<unsigned>(rows));
   const float scale2 = a.scale * log2_e;
   if (ctx.arch >= 90) {

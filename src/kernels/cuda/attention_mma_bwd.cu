@@ -196,7 +196,7 @@ template <class T>
 void launch_for_width(const Context& ctx, const AttentionBwd& b, Stats* stats) {
   switch (b.fwd.d_head) {
     case 32:
-      launch_dq_heads<QueryHeadsShape<T, 32, 4, 64, 32, 3>>(ctx, b, stats);
+      launch_dq<QueryShape<T, 32, 4, 64, 32, true, true, 3>>(ctx, b, stats);
       return launch_dkv<KeyShape<T, 32, 4, 64, 32, true, true, 2>>(ctx, b, stats);
     case 64:
       launch_dq_heads<QueryHeadsShape<T, 64, 4, 64, 32, 2>>(ctx, b, stats);

@@ -236,7 +236,7 @@ void launch(const Context& ctx, const Attention& a) {
 template <class T>
 void launch_for_width(const Context& ctx, const Attention& a) {
   switch (a.d_head) {
-    case 32: return launch<ForwardShape<T, 32, 2, 64, true, 2>>(ctx, a);
+    case 32: return launch<ForwardShape<T, 32, 2, 32, true, 4>>(ctx, a);
     case 64: return launch<ForwardShape<T, 64, 2, 32, false, 3>>(ctx, a);
     case 96: return launch<ForwardShape<T, 96, 2, 64, false, 2>>(ctx, a);
     case 128: return launch<ForwardShape<T, 128, 2, 32, false, 2>>(ctx, a);
