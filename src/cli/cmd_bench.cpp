@@ -5,6 +5,7 @@
 #include "base/progress.h"
 #include "cli/command.h"
 #include "lab/bench.h"
+#include "lab/bench_ops.h"
 
 namespace mm {
 
@@ -57,6 +58,37 @@ void add_bench_command(CLI::App& app, Globals& globals) {
     const ordered_json r = bench_train(f->bench);
     if (globals.json) print_result(globals, r);
     else print_bench(r);
+  });
+
+  struct OpFlags {
+    int64_t tokens = 24576;
+    int rounds = 7;
+    DeviceOptions device;
+  };
+  const auto o = std::make_shared<OpFlags>();
+  CLI::App* ops = group->add_subcommand("ops",
+                                        "Single ops at the sizes of a training step, against the machine's limits\n"
+                                        "  minimind bench ops --device cuda --naive-norm");
+  ops->add_option("--tokens", o->tokens, "Tokens of a pass (24576 is 32 rows of 768; take 1024 or so on a CPU)")
+      ->check(CLI::Range(64, 1 << 20));
+  ops->add_option("--rounds", o->rounds, "The median of these counts")->check(CLI::Range(1, 1000));
+  add_device_flags(ops, o->device, /*naive=*/true);
+  add_common_flags(ops, globals);
+  ops->callback([o, &globals] {
+    const OpenDevice open(o->device);
+    const ordered_json r = bench_ops(open.device, o->tokens, o->rounds);
+    if (globals.json) return print_result(globals, r);
+    const auto num = [](const ordered_json& j, const char* key) { return j[key].get<double>(); };
+    print_line(fmt::format("{}, {}: {:.1f} TFLOP/s, {:.0f} GB/s measured", r["processor"].get<std::string>(),
+                           r["dtype"].get<std::string>(), num(r, "peak_flops") / 1e12, num(r, "bandwidth") / 1e9));
+    print_line(fmt::format("{:<30}{:<22}{:>10}{:>10}{:>7}{:>9}{:>7}", "op", "shape", "us", "GFLOP/s", "peak", "GB/s",
+                           "copy"));
+    for (const ordered_json& j : r["ops"]) {
+      print_line(fmt::format("{:<30}{:<22}{:>10.1f}{:>10.0f}{:>6.0f}%{:>9.0f}{:>6.0f}%", j["op"].get<std::string>(),
+                             j["shape"].get<std::string>(), num(j, "us"), num(j, "gflops"),
+                             100 * num(j, "share_of_peak"), num(j, "gbytes_per_second"),
+                             100 * num(j, "share_of_bandwidth")));
+    }
   });
 }
 

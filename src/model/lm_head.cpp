@@ -97,7 +97,7 @@ void LmHead::backward(const Device& dev, const Model& model, View h, const std::
     const View of_g(lists.f32() + n, DType::f32, {n}), of_logp(lists.f32() + 2 * n, DType::f32, {n});
     copy_async(lists.data(), targets.data(), bytes, dev.stream);
     copy_async(of_g.data, g, bytes, dev.stream);
-    gpu_backward(dev, model, h, static_cast<const int32_t*>(lists.data()), of_g, dh, grads, of_logp);
+    backward_device(dev, model, h, static_cast<const int32_t*>(lists.data()), of_g, dh, grads, of_logp);
     if (logp != nullptr) copy_async(logp, of_logp.data, bytes, dev.stream);
     synchronize(dev.stream);
     return;
@@ -120,11 +120,11 @@ void LmHead::backward(const Device& dev, const Model& model, View h, const std::
 void LmHead::backward_staged(const Device& dev, const Model& model, Activations& acts, ParamBuffer& grads) {
   const StagedBatch& b = acts.stage.current();
   const View g(const_cast<float*>(b.g), DType::f32, {b.n_tok});
-  gpu_backward(dev, model, acts.h, b.targets, g, acts.dh, grads, acts.logp);
+  backward_device(dev, model, acts.h, b.targets, g, acts.dh, grads, acts.logp);
 }
 
 // All rows take part: rows without a target have a zero gradient, and the host need not know which they are.
-void LmHead::gpu_backward(const Device& dev, const Model& model, View h, const int32_t* targets, View g, View dh,
+void LmHead::backward_device(const Device& dev, const Model& model, View h, const int32_t* targets, View g, View dh,
                           ParamBuffer& grads, View logp) {
   if (h.rows() == 0) return;
   const int64_t n_chunk = (h.rows() + chunk_ - 1) / chunk_;  // of equal size, in whole tiles

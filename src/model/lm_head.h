@@ -30,6 +30,10 @@ class LmHead {
   // GPU: the same over the staged batch, without waiting: from acts.h to acts.dh, log-probabilities to acts.logp.
   void backward_staged(const Device& dev, const Model& model, Activations& acts, ParamBuffer& grads);
 
+  // GPU: the same with targets, g and logp on the device.
+  void backward_device(const Device& dev, const Model& model, View h, const int32_t* targets, View g, View dh,
+                       ParamBuffer& grads, View logp);
+
   // Logits of chosen rows of h: out [rows.size(), n_vocab], fp32 on the host.
   void logits(const Device& dev, const Model& model, View h, const std::vector<int32_t>& rows, View out);
 
@@ -47,8 +51,6 @@ class LmHead {
   View chunk_dhidden(int64_t n) const {
     return piece(static_cast<size_t>(chunk_ * n_vocab_ + gather_ * d_model_), n, d_model_);
   }
-  void gpu_backward(const Device& dev, const Model& model, View h, const int32_t* targets, View g, View dh,
-                    ParamBuffer& grads, View logp);
   int64_t chunk_, gather_, d_model_, n_vocab_;
   DType dtype_;
   Buffer buffer_;
