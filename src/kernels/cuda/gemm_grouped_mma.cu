@@ -1,16 +1,18 @@
 // Grouped products for every GPU from sm_80 on. Hopper has a faster kernel for bf16 (hopper_gemm.cuh).
 //
 // grouped_mma: a block of 8 warps computes 128 x 128 of one expert's output in steps of 32 along the reduction; a warp
-// 64 x 32 of it by mma.sync m16n8k16. cp.async fills a ring of 4 stages, 16 KB each; elements beyond an expert's rows or
-// a matrix's edge are filled with zeros (never read: rows after the last expert's may hold anything).
+// 64 x 32 of it by mma.sync m16n8k16. cp.async fills a ring of 4 stages, 16 KB each; elements beyond an expert's rows
+// or a matrix's edge are filled with zeros (never read: rows after the last expert's may hold anything).
 //
 //   K-major operand (fwd A, B; dgrad A):   128 tile rows of 32 k = 4 chunks of 16 bytes, chunk c of row r lies at
 //                                          c ^ (r / 2 % 4); fragments by ldmatrix
-//   MN-major operand (dgrad B; wgrad A, B): 32 tile rows (k) of 128 m or n = 16 chunks, chunk c of row r at c ^ (r % 8);
+//   MN-major operand (dgrad B; wgrad A, B): 32 tile rows (k) of 128 m or n = 16 chunks, chunk c of row r at c ^ (r %
+//   8);
 //                                          fragments by ldmatrix.trans
 //
 // grid: x = tiles of columns, y = tiles of rows (fwd, dgrad: as many as the rows could need, a block finds its expert
-// from the offsets; wgrad: of each expert's matrix, z = expert). A wgrad tile sums over all rows of its expert, in order.
+// from the offsets; wgrad: of each expert's matrix, z = expert). A wgrad tile sums over all rows of its expert, in
+// order.
 //
 // grouped_plain: 64 x 64 tiles, 4 x 4 sums a thread, any type, size and alignment.
 #include "kernels/cuda/device_math.cuh"
@@ -84,7 +86,8 @@ template <class T>
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   if constexpr (std::is_same_v<T, bf16>)
     asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, "
+        "%2, "
         "%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -100,8 +103,8 @@ constexpr int kTile = 128, kStep = 32, kStages = 4, kTileBytes = kTile * kStep *
 
 // One operand's tile of a stage. Memory rows run along k when kMnMajor.
 template <bool kMnMajor, class T>
-__device__ __forceinline__ void load_operand(uint32_t dst, const T* src, int64_t ld, int64_t mn, int64_t mn_end, int64_t k,
-                                             int64_t k_end) {
+__device__ __forceinline__ void load_operand(uint32_t dst, const T* src, int64_t ld, int64_t mn, int64_t mn_end,
+                                             int64_t k, int64_t k_end) {
 #pragma unroll
   for (int i = 0; i < 2; i++) {
     const int at = static_cast<int>(threadIdx.x) + i * 256;
@@ -180,11 +183,13 @@ __global__ void __launch_bounds__(256, 2) grouped_mma_kernel(const __grid_consta
     for (int y = 0; y < 4; y++) {
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        const int64_t row = block.row + m0 + 16 * x + 8 * half + lane / 4, column = block.column + n0 + 8 * y + lane % 4 * 2;
+        const int64_t row = block.row + m0 + 16 * x + 8 * half + lane / 4,
+                      column = block.column + n0 + 8 * y + lane % 4 * 2;
         if (row >= block.row_end || column >= p.n) continue;
         const float s0 = d[x][y][2 * half], s1 = d[x][y][2 * half + 1];
         if constexpr (kWgrad) {
-          float2* out = reinterpret_cast<float2*>(static_cast<float*>(p.out) + block.expert * p.stride + row * p.ldo + column);
+          float2* out =
+              reinterpret_cast<float2*>(static_cast<float*>(p.out) + block.expert * p.stride + row * p.ldo + column);
           *out = {out->x + s0, out->y + s1};
         } else {
           *reinterpret_cast<uint32_t*>(static_cast<T*>(p.out) + row * p.ldo + column) = pack2<T>(s0, s1);
@@ -205,8 +210,8 @@ __global__ void __launch_bounds__(256) grouped_plain_kernel(const __grid_constan
   const int tx = static_cast<int>(threadIdx.x) % 16, ty = static_cast<int>(threadIdx.x) / 16;
   float d[4][4] = {};
   // Neighbouring threads read neighbouring elements, whichever way the operand lies.
-  const auto load_operand_plain = [&](float (&t)[16][65], const T* src, int64_t ld, bool mn_major, int64_t mn, int64_t mn_end,
-                                      int64_t k) {
+  const auto load_operand_plain = [&](float(&t)[16][65], const T* src, int64_t ld, bool mn_major, int64_t mn,
+                                      int64_t mn_end, int64_t k) {
     for (int i = static_cast<int>(threadIdx.x); i < 16 * 64; i += 256) {
       const int x = mn_major ? i % 64 : i / 16, y = mn_major ? i / 64 : i % 16;
       const bool valid = mn + x < mn_end && k + y < block.end;

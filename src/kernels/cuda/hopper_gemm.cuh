@@ -8,215 +8,36 @@
 //   warpgroup 0, one thread: TMA -> ring of stages { A 128 x 64 | B kN x 64 }, "full" barrier of the stage
 //   warpgroups 1, 2: wgmma m64 x kN x k16, four a stage; rows 0-63 and 64-127; then "empty" barriers of both blocks
 //
-//        B  kN columns                     shared memory of a stage, rows of 128 bytes as TMA swizzles them:
-//      +----------------+                  K-major:  tile row i = row i of A (or column i of B), 64 of k
-//   A  | warpgroup 1    | block 0          MN-major: blocks of 64 rows of A (columns of B), 64 tile rows of k each
-//      | warpgroup 2    |
-//      +----------------+
-//      | warpgroup 1    | block 1
+//        B  kN columns
+//      +----------------+          A stage's tiles, rows of 128 bytes as TMA swizzles them:
+//   A  | warpgroup 1    | block 0    K-major operand: tile row i is row i of A (or column i of B), 64 of k long
+//      | warpgroup 2    |            MN-major A: for each 64 rows of A, 64 tile rows (k) of 64 elements
+//      +----------------+            MN-major B: for each half of the 64 k, which one of the blocks loads: for each 64
+//      | warpgroup 1    | block 1      columns of B, 32 tile rows (k) of 64 elements
 //      | warpgroup 2    |
 //      +----------------+
 //
 // Registers are moved from the loading warpgroup to the computing ones (40 / 232), which hold 64 x kN sums.
 // While a warpgroup stores its tile the tensor cores would idle; so a finished tile is kept as bf16 (64 registers) and
-// stored in portions behind the first products of the next tile (kDefer; 4 to 8 % faster than storing at once).
+// stored in portions behind the first products of the next tile (kDefer; 4 to 8 % faster than storing at once). A wgrad
+// changes tiles once or twice and stores at once.
 //
-// Rows of another expert or beyond the end are computed and not stored; in a wgrad, where rows are summed over, they are
-// overwritten with zeros in shared memory before the last product (they may hold anything, NaN too).
+// Rows of another expert or beyond the end are computed and not stored; in a wgrad, where rows are summed over, they
+// are overwritten with zeros in shared memory before the last product (they may hold anything, NaN too).
 #pragma once
 
-#include "kernels/cuda/device_math.cuh"
-#include "kernels/cuda/hopper_gemm.h"
-#include "kernels/cuda/hopper_gemm_ops.cuh"
+#include "kernels/cuda/hopper_gemm_epilogue.cuh"
 #include "kernels/cuda/hopper_gemm_plan.cuh"
-#include "kernels/cuda/hopper_gemm_schedule.h"
 
 namespace mm::cuda {
 
-struct GemmParams {
-  CUtensorMap a, b;
-  void* out;
-  const void* residual;
-  void* act;
-  float* partial;  // slots of a wgrad
-  int64_t ldo, ldr, stride;
-  ExpertRows experts;
-  SegmentPlan plan;  // wgrad
-  int m, n, k;       // n of swiglu: its half
-  int ahead, out_ahead, pdl;
-};
-
-enum class GemmKind { store, residual, swiglu, add_f32 };
-
-template <int kN>
-struct GemmTile {
-  static constexpr int a_bytes = 128 * 128, b_bytes = kN * 128, stage_bytes = a_bytes + b_bytes;
-  static constexpr int stages = kN == 256 ? 4 : kN == 192 ? 5 : 6;
-  static constexpr int staging_bytes = 8 * 2048;  // 16 rows x 64 columns of bf16 a warp
-  static constexpr int shared_bytes = 1024 + stages * stage_bytes + staging_bytes + 256 + 4 * kMaxUnits;
-};
-
-// Where the sums of a warpgroup lie in a wgrad's slot: thread t's sums 4 i .. 4 i + 3 are float4 number i * 128 + t.
-template <int kN>
-__device__ __forceinline__ float4* slot_of(float* partial, int slot, int rank, int group) {
-  return reinterpret_cast<float4*>(partial) + (static_cast<int64_t>(slot) * 4 + rank * 2 + group) * (kN / 8 * 128);
-}
-
-#if defined(MM_SM90A)
-
-namespace hopper {
-
-// 16 rows x 64 columns of one warp from registers (q[2 j], q[2 j + 1]: rows l / 4 and l / 4 + 8, columns 8 j + 2 (l % 4))
-// by way of shared memory to out, whole rows of 128 bytes at a time.
-__device__ __forceinline__ uint32_t staging_address(uint32_t staging, int row, int chunk) {
-  return staging + row * 128 + ((chunk ^ (row & 7)) << 4);
-}
-__device__ __forceinline__ void stage_tile(uint32_t staging, const uint32_t* q, int lane) {
-  const int row = (lane & 7) + (lane & 8);
-#pragma unroll
-  for (int j = 0; j < 4; j++)
-    store_matrices(staging_address(staging, row, 2 * j + (lane >> 4)), q[4 * j], q[4 * j + 1], q[4 * j + 2],
-                   q[4 * j + 3]);
-}
-__device__ __forceinline__ void store_tile(uint32_t staging, const uint32_t* q, int lane, bf16* out, int64_t ld, int row0,
-                                           int row_end, int column0, int column_end) {
-  stage_tile(staging, q, lane);
-  __syncwarp();
-  uint4 v[4];
-#pragma unroll
-  for (int i = 0; i < 4; i++) v[i] = load_shared(staging_address(staging, 4 * i + lane / 8, lane % 8));
-  __syncwarp();
-  const int row = row0 + lane / 8, column = column0 + lane % 8 * 8;
-  bf16* p = out + row * ld + column;
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    if (row + 4 * i < row_end && column < column_end) *reinterpret_cast<uint4*>(p + 4 * i * ld) = v[i];
-  }
-}
-
-template <int kN, GemmKind kKind>
-struct Epilogue {
-  static constexpr int kColumns = kKind == GemmKind::swiglu ? kN / 2 : kN;
-  const GemmParams& p;
-  uint32_t staging;
-  int lane;
-  int row, row_end, column;  // of this warp's sums
-
-  __device__ __forceinline__ static void pack(uint32_t* q, const float* d) {
-#pragma unroll
-    for (int i = 0; i < 16; i++) q[i] = pack2<bf16>(d[2 * i], d[2 * i + 1]);
-  }
-  // Portion c of a tile, packed in q. Those of swiglu (256 columns): gate, gate, up, act, up, act of 64 columns each.
-  static constexpr int kPortions = kKind == GemmKind::swiglu ? 6 : kN / 64;
-  template <int c>
-  __device__ __forceinline__ void store(const uint32_t* q) const {
-    bf16* out = static_cast<bf16*>(p.out);
-    if constexpr (kKind != GemmKind::swiglu) {
-      store_tile(staging, q + 16 * c, lane, out, p.ldo, row, row_end, column + 64 * c, p.n);
-    } else if constexpr (c < 2) {
-      if (out != nullptr) store_tile(staging, q + 16 * c, lane, out, p.ldo, row, row_end, column + 64 * c, p.n);
-    } else if constexpr (c % 2 == 0) {
-      if (out != nullptr)
-        store_tile(staging, q + 16 * (1 + c / 2), lane, out + p.n, p.ldo, row, row_end, column + (c / 2 - 1) * 64, p.n);
-    } else {
-      uint32_t act[16];
-#pragma unroll
-      for (int i = 0; i < 16; i++) {
-        const float2 g = unpack2<bf16>(q[16 * (c / 2 - 1) + i]), u = unpack2<bf16>(q[16 * (1 + c / 2) + i]);
-        act[i] = pack2<bf16>(__fdividef(g.x, 1.0f + __expf(-g.x)) * u.x, __fdividef(g.y, 1.0f + __expf(-g.y)) * u.y);
-      }
-      store_tile(staging, act, lane, static_cast<bf16*>(p.act), p.n, row, row_end, column + (c / 2 - 1) * 64, p.n);
-    }
-  }
-  template <int c = 0>
-  __device__ __forceinline__ void store_all(const uint32_t* q) const {
-    store<c>(q);
-    if constexpr (c + 1 < kPortions) store_all<c + 1>(q);
-  }
-
-  // The residual in the order of store_tile: asked into L2 at the tile's start, loaded near its end, added last.
-  __device__ __forceinline__ void prefetch_residual() const {
-    const bf16* from = static_cast<const bf16*>(p.residual) + (row + lane / 2) * p.ldr;
-#pragma unroll
-    for (int i = 0; i < kN / 128; i++) {
-      const int at = column + (lane % 2 + 2 * i) * 64;
-      if (row + lane / 2 < row_end && at < p.n) prefetch_l2(from + at);
-    }
-  }
-  __device__ __forceinline__ void load_residual(uint4 (&r)[kN / 16]) const {
-    const bf16* from = static_cast<const bf16*>(p.residual) + (row + lane / 8) * p.ldr;
-#pragma unroll
-    for (int i = 0; i < kN / 16; i++) {
-      const int at = column + i / 4 * 64 + lane % 8 * 8;
-      r[i] = make_uint4(0, 0, 0, 0);
-      if (row + lane / 8 + i % 4 * 4 < row_end && at < p.n)
-        r[i] = *reinterpret_cast<const uint4*>(from + i % 4 * 4 * p.ldr + at);
-    }
-  }
-  __device__ __forceinline__ void pack_with_residual(uint32_t* q, const float* d, const uint4 (&r)[kN / 16]) const {
-#pragma unroll
-    for (int c = 0; c < kN / 64; c++) {
-#pragma unroll
-      for (int i = 0; i < 4; i++) store_shared(staging_address(staging, 4 * i + lane / 8, lane % 8), r[4 * c + i]);
-      __syncwarp();
-#pragma unroll
-      for (int j = 0; j < 4; j++) {
-        uint32_t h[4];
-        load_matrices(staging_address(staging, (lane & 7) + (lane & 8), 2 * j + (lane >> 4)), h);
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          const float2 f = unpack2<bf16>(h[i]);
-          const float* s = d + 32 * c + 8 * j + 2 * i;
-          q[16 * c + 4 * j + i] = pack2<bf16>(s[0] + f.x, s[1] + f.y);
-        }
-      }
-      __syncwarp();
-    }
-  }
-};
-
-// 64 rows of the fp32 output into L2, by one warpgroup.
-constexpr int kPrefetchSteps = 8;
-template <int kN>
-__device__ __forceinline__ void prefetch_rows(const float* out, int64_t ld, int row, int rows, int column, int columns) {
-  for (int i = static_cast<int>(threadIdx.x) % 128; i < 64 * (kN / 32); i += 128) {
-    const int r = row + i / (kN / 32), at = column + i % (kN / 32) * 32;
-    if (r < rows && at < columns) prefetch_l2(out + r * ld + at);
-  }
-}
-
-// Sums of a warpgroup += into the fp32 output; row: of this thread's first sums.
-template <int kN>
-__device__ __forceinline__ void add_to(float* out, int64_t ld, const float* d, int row, int rows, int column,
-                                       int columns) {
-#pragma unroll
-  for (int j0 = 0; j0 < kN / 8; j0 += 8) {
-    float2 v[16];
-#pragma unroll
-    for (int i = 0; i < 16; i++) {
-      const int at = column + (j0 + i / 2) * 8, r = row + i % 2 * 8;
-      if (r < rows && at < columns) v[i] = *reinterpret_cast<const float2*>(out + r * ld + at);
-    }
-#pragma unroll
-    for (int i = 0; i < 16; i++) {
-      const int at = column + (j0 + i / 2) * 8, r = row + i % 2 * 8;
-      const float* s = d + (j0 + i / 2) * 4 + i % 2 * 2;
-      if (r < rows && at < columns) *reinterpret_cast<float2*>(out + r * ld + at) = {v[i].x + s[0], v[i].y + s[1]};
-    }
-  }
-}
-
-}  // namespace hopper
-
-#endif  // MM_SM90A
-
-template <int kN, GemmLayout kLayout, GemmKind kKind, bool kDefer>
+template <int kN, GemmLayout kLayout, GemmKind kKind>
 __global__ void __launch_bounds__(384, 1) hopper_gemm_kernel(const __grid_constant__ GemmParams p) {
 #if defined(MM_SM90A)
   using namespace hopper;
-  using Tile = GemmTile<kN>;
+  using Tile = GemmTile<kN, kKind>;
   constexpr int kStages = Tile::stages;
-  constexpr bool kWgrad = kLayout == GemmLayout::wgrad;
+  constexpr bool kWgrad = kLayout == GemmLayout::wgrad, kDefer = !kWgrad && kKind != GemmKind::swiglu_bwd;
   constexpr int kAMajor = kWgrad ? 1 : 0, kBMajor = kLayout == GemmLayout::fwd ? 0 : 1;  // 1: MN
   constexpr int kColumns = kKind == GemmKind::swiglu ? kN / 2 : kN;
   constexpr int kPortions = Epilogue<kN, kKind>::kPortions;
@@ -224,8 +45,7 @@ __global__ void __launch_bounds__(384, 1) hopper_gemm_kernel(const __grid_consta
   const uint32_t base = (smem_address(shared) + 1023) & ~1023u;
   const uint32_t staging = base + kStages * Tile::stage_bytes, full = staging + Tile::staging_bytes,
                  empty = full + 8 * kStages, unit_list = full + 256;
-  // From lane 0, so that the compiler knows these to be the same for the warp (descriptors live in uniform registers).
-  const int warp_id = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0), group = warp_id / 4;
+  const int warp_id = uniform(static_cast<int>(threadIdx.x) / 32), group = warp_id / 4;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int rank = static_cast<int>(cluster_rank()), cluster = static_cast<int>(blockIdx.x) / 2,
             clusters = static_cast<int>(gridDim.x) / 2;
@@ -263,60 +83,25 @@ __global__ void __launch_bounds__(384, 1) hopper_gemm_kernel(const __grid_consta
 
   if (group == 0) {
     registers_decrease<40>();
-    if (kWgrad && p.pdl) let_next_kernel_start();
-    if (threadIdx.x == 0) {
+    if (warp_id == 0 && elect_one()) {
       prefetch_tensor_map(&p.a);
       prefetch_tensor_map(&p.b);
       int stage = 0;
       uint32_t phase = 0;
-      // Asks for the A (rows of x or dy) of a later step, so that TMA finds it in L2: by one of the clusters that share it.
-      const auto prefetch_a = [&](int row, int k) {
-        if constexpr (kAMajor == 0) {
-          prefetch_tile(&p.a, k, row, 0);
-        } else {
-          prefetch_tile(&p.a, row, k, 0);
-          prefetch_tile(&p.a, row + 64, k, 0);
-        }
-      };
-      RowTileWalk later(p.experts, 256, column_tiles, cluster, clusters);
-      RowTile next{};
-      bool more = !kWgrad && later.next(next);
       for_work([&](int expert, int row, int, int column, int begin, int end, int) {
-        const int first = kWgrad ? p.experts.begin(expert) : 0;
-        if (!kWgrad && more) more = later.next(next);
-        for (int i = begin; i < end; i++) {
-          const int k = first + i * kGemmBlockK;
+        int k = begin * kGemmBlockK;
+        if constexpr (kWgrad) k += p.experts.begin(expert);
+        for (int i = begin; i < end; i++, k += kGemmBlockK) {
           const uint32_t a = base + stage * Tile::stage_bytes, b = a + Tile::a_bytes, bar = full + 8 * stage;
           barrier_wait(empty + 8 * stage, phase ^ 1);
           barrier_expect(bar, Tile::stage_bytes);
-          if constexpr (kAMajor == 0) {
-            load_tile<1>(a, &p.a, bar, k, row, 0);
-          } else {
-            load_tile<1>(a, &p.a, bar, row, k, 0);
-            load_tile<1>(a + 8192, &p.a, bar, row + 64, k, 0);
-          }
-          if constexpr (kBMajor == 0) {  // this block's half of the columns
-            const int half = kKind == GemmKind::swiglu ? p.n : kN / 2;
-            load_tile<2>(b + rank * (Tile::b_bytes / 2), &p.b, bar, k, column + rank * half, expert);
-          } else {  // ... of the steps
-#pragma unroll
-            for (int j = 0; j < kN / 64; j++)
-              load_tile<2>(b + j * 8192 + rank * 4096, &p.b, bar, column + 64 * j, k + 32 * rank, kWgrad ? 0 : expert);
-          }
-          if (p.ahead > 0) {
-            const int j = i + p.ahead, later_k = first + j * kGemmBlockK;
-            if (j < end) {
-              if (column == 0) prefetch_a(row, later_k);
-              if constexpr (kWgrad) {
-                if (row < 256) {
-#pragma unroll
-                  for (int c = 0; c < kN / 64; c++) prefetch_tile(&p.b, column + 64 * c, later_k + 32 * rank, 0);
-                }
-              }
-            } else if (!kWgrad && more && next.column == 0 && j - end < end) {
-              prefetch_a(next.row + rank * 128, (j - end) * kGemmBlockK);
-            }
-          }
+          if constexpr (kAMajor == 0) load_tile<1>(a, &p.a, bar, k, row, 0, 0);
+          else load_tile<1>(a, &p.a, bar, 0, k, row / 64, 0);
+          // Of B this block's half: of the columns, or of the steps.
+          const int half_columns = kKind == GemmKind::swiglu ? p.n : kN / 2;
+          const uint32_t half = b + rank * (Tile::b_bytes / 2);
+          if constexpr (kBMajor == 0) load_tile<2>(half, &p.b, bar, k, column + rank * half_columns, expert, 0);
+          else load_tile<2>(half, &p.b, bar, 0, k + 32 * rank, column / 64, kWgrad ? 0 : expert);
           if (++stage == kStages) stage = 0, phase ^= 1;
         }
       });
@@ -325,12 +110,15 @@ __global__ void __launch_bounds__(384, 1) hopper_gemm_kernel(const __grid_consta
   } else {
     registers_increase<232>();
     const int half = group - 1, warp = warp_id % 4;
-    constexpr uint32_t kAStep = kAMajor == 0 ? 2 : 128, kBStep = kBMajor == 0 ? 2 : 128;  // 16 of k, in 16 bytes
+    // Where 16 of k number j begin, in units of 16 bytes.
+    const auto a_step = [](int j) { return kAMajor == 0 ? 2 * j : 128 * j; };
+    const auto b_step = [](int j) { return kBMajor == 0 ? 2 * j : j / 2 * (Tile::b_bytes / 32) + j % 2 * 128; };
     const uint64_t a_desc = wgmma_descriptor<128>(base + half * 8192, 8192, 1024),
-                   b_desc = wgmma_descriptor<128>(base + Tile::a_bytes, 8192, 1024);
+                   b_desc = wgmma_descriptor<128>(base + Tile::a_bytes, 4096, 1024);
     float d[kN / 2];
     uint32_t q[kDefer ? kN / 4 : 1];
-    Epilogue<kN, kKind> kept{p, staging + (half * 4 + warp) * 2048, lane, 0, 0, 0};  // the tile in q
+    Epilogue<kN, kKind> kept{p, staging + (half * 4 + warp) * Tile::warp_staging, lane, 0, 0, 0};  // the tile in q
+    SwigluBackward<kN> backward{p, staging + (half * 4 + warp) * Tile::warp_staging, lane};
     bool pending = false;
     int stage = 0, last_stage = 0;
     uint32_t phase = 0;
@@ -338,18 +126,26 @@ __global__ void __launch_bounds__(384, 1) hopper_gemm_kernel(const __grid_consta
       if (lane < 2) barrier_arrive_at(empty + 8 * s, lane);
     };
 
-    for_work([&](int expert, int row, int row_end, int column, int begin, int end, int slot) {
-      Epilogue<kN, kKind> now{p, staging + (half * 4 + warp) * 2048, lane, row + half * 64 + warp * 16, row_end, column};
+    for_work([&](int expert, int row, int row_end, int column, int first_step, int last_step, int slot) {
+      const int begin = uniform(first_step), end = uniform(last_step);
+      Epilogue<kN, kKind> now{
+          p, staging + (half * 4 + warp) * Tile::warp_staging, lane, row + half * 64 + warp * 16, row_end, column};
       if constexpr (kKind == GemmKind::residual) now.prefetch_residual();
       const int rows_from_begin = kWgrad ? p.experts.count(expert) : 0;
       const auto step = [&](int i) {
         barrier_wait(full + 8 * stage, phase);
         if constexpr (kWgrad) {
           if (const int rows = rows_from_begin - i * kGemmBlockK; rows < kGemmBlockK) {
-            const int per_block = (kGemmBlockK - rows) * 8;
-            for (int j = static_cast<int>(threadIdx.x) - 128; j < (2 + kN / 64) * per_block; j += 256)
-              store_shared(base + stage * Tile::stage_bytes + j / per_block * 8192 + rows * 128 + j % per_block * 16,
-                           make_uint4(0, 0, 0, 0));
+            // A: 2 blocks of 64 tile rows; B: kN / 64 of the first 32, then of the last 32.
+            const uint32_t at = base + stage * Tile::stage_bytes;
+            constexpr int kChunks = (2 + kN / 64) * 8;  // of 16 bytes a row
+            for (int j = static_cast<int>(threadIdx.x) - 128; j < (kGemmBlockK - rows) * kChunks; j += 256) {
+              const int r = rows + j / kChunks, c = j % kChunks, block = c / 8;
+              const uint32_t to =
+                  block < 2 ? block * 8192 + r * 128
+                            : Tile::a_bytes + r / 32 * (Tile::b_bytes / 2) + (block - 2) * 4096 + r % 32 * 128;
+              store_shared(at + to + c % 8 * 16, make_uint4(0, 0, 0, 0));
+            }
             fence_async_proxy();
             named_barrier_sync(1, 256);
           }
@@ -358,7 +154,7 @@ __global__ void __launch_bounds__(384, 1) hopper_gemm_kernel(const __grid_consta
         wgmma_fence();
 #pragma unroll
         for (int j = 0; j < 4; j++)
-          wgmma_wide<kN, kAMajor, kBMajor>(d, a_desc + offset + j * kAStep, b_desc + offset + j * kBStep,
+          wgmma_wide<kN, kAMajor, kBMajor>(d, a_desc + offset + a_step(j), b_desc + offset + b_step(j),
                                            i > begin || j > 0);
         wgmma_commit();
         if (i > begin) {
@@ -389,9 +185,18 @@ __global__ void __launch_bounds__(384, 1) hopper_gemm_kernel(const __grid_consta
           if (pending) kept.template store<5>(q);
         }
       }
-      uint32_t packed[kN / 4];
-      uint32_t* const to = kDefer ? q : packed;
-      if constexpr (kKind == GemmKind::residual) {
+      if constexpr (kKind == GemmKind::swiglu_bwd) {
+        SwigluBackward<kN>::prefetch(p, lane, now.row, row_end, column);
+        for (; i < end; i++) {
+          step(i);
+          backward.piece();
+        }
+        wgmma_wait<0>();
+        wgmma_pin(d);
+        release(last_stage);
+        while (backward.next < SwigluBackward<kN>::kPieces) backward.piece();
+        backward.begin(d, now.row, row_end, column);
+      } else if constexpr (kKind == GemmKind::residual) {
         for (; i + 1 < end; i++) step(i);
         uint4 r[kN / 16];
         now.load_residual(r);
@@ -399,12 +204,13 @@ __global__ void __launch_bounds__(384, 1) hopper_gemm_kernel(const __grid_consta
         wgmma_wait<0>();
         wgmma_pin(d);
         release(last_stage);
-        now.pack_with_residual(to, d, r);
+        now.pack_with_residual(q, d, r);
       } else {
         if constexpr (kWgrad) {
           for (; i + kPrefetchSteps < end; i++) step(i);
-          if (slot < 0 && p.out_ahead)
-            prefetch_rows<kN>(static_cast<const float*>(p.out) + expert * p.stride, p.ldo, row + half * 64, p.m, column, p.n);
+          if (slot < 0)
+            prefetch_rows<kN>(static_cast<const float*>(p.out) + expert * p.stride, p.ldo, row + half * 64, p.m, column,
+                              p.n);
         }
         for (; i < end; i++) step(i);
         wgmma_wait<0>();
@@ -422,18 +228,19 @@ __global__ void __launch_bounds__(384, 1) hopper_gemm_kernel(const __grid_consta
           }
         } else {
 #pragma unroll
-          for (int j = 0; j < kN / 64; j++) Epilogue<kN, kKind>::pack(to + 16 * j, d + 32 * j);
+          for (int j = 0; j < kN / 64; j++) Epilogue<kN, kKind>::pack(q + 16 * j, d + 32 * j);
         }
       }
       if constexpr (kDefer) {
         kept.row = now.row, kept.row_end = row_end, kept.column = column;
         pending = true;
-      } else if constexpr (!kWgrad) {
-        now.store_all(packed);
       }
     });
     if constexpr (kDefer) {
       if (pending) kept.store_all(q);
+    }
+    if constexpr (kKind == GemmKind::swiglu_bwd) {
+      while (backward.next < SwigluBackward<kN>::kPieces) backward.piece();
     }
     __syncwarp();
   }
@@ -441,35 +248,33 @@ __global__ void __launch_bounds__(384, 1) hopper_gemm_kernel(const __grid_consta
 #endif
 }
 
-// Adds the slots of every tile to the output, in the order of the rows. A block: 64 rows (one warpgroup's sums), 16
-// columns: two float4 a thread.
+// Adds the slots of every tile to the output, in the order of the rows. A block: 64 rows (one warpgroup's sums), an
+// eighth of the columns. z: the how-manieth expert that has slots.
 template <int kN>
 __global__ void __launch_bounds__(128) hopper_gemm_add_slots(const __grid_constant__ GemmParams p) {
-  constexpr int kParts = kN / 16;
-#if defined(MM_SM90A)
-  hopper::wait_for_kernel_before();
-#endif
+  constexpr int kParts = 8, kCount = kN / 8 / kParts;
   const int column_tiles = (p.n + kN - 1) / kN, part = static_cast<int>(blockIdx.y) % kParts,
             group = static_cast<int>(blockIdx.y) / kParts % 2, rank = static_cast<int>(blockIdx.y) / kParts / 2,
-            tile = static_cast<int>(blockIdx.x), expert = static_cast<int>(blockIdx.z);
+            tile = static_cast<int>(blockIdx.x);
+  const SlotList slots = slots_of(p.plan, tile, static_cast<int>(blockIdx.z));
+  if (slots.expert < 0 || slots.count() == 0) return;
   const int lane = static_cast<int>(threadIdx.x) % 32,
-            row = tile / column_tiles * 256 + rank * 128 + group * 64 + static_cast<int>(threadIdx.x) / 32 * 16 + lane / 4,
-            column = tile % column_tiles * kN + part * 16 + lane % 4 * 2;
-  float4 s[2] = {};
-  bool any = false;
-  for_slots(p.plan, expert, tile, [&](int slot) {
-    const float4* from = slot_of<kN>(p.partial, slot, rank, group) + part * 2 * 128 + threadIdx.x;
+            row = tile / column_tiles * 256 + rank * 128 + group * 64 + static_cast<int>(threadIdx.x) / 32 * 16 +
+                  lane / 4,
+            column = tile % column_tiles * kN + part * (kN / kParts) + lane % 4 * 2;
+  float4 s[kCount] = {};
+#pragma unroll 4
+  for (int j = 0; j < slots.count(); j++) {
+    const float4* from = slot_of<kN>(p.partial, slots.at(j), rank, group) + part * kCount * 128 + threadIdx.x;
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < kCount; i++) {
       const float4 v = from[i * 128];
       s[i] = make_float4(s[i].x + v.x, s[i].y + v.y, s[i].z + v.z, s[i].w + v.w);
     }
-    any = true;
-  });
-  if (!any) return;
-  float* out = static_cast<float*>(p.out) + expert * p.stride + column;
+  }
+  float* out = static_cast<float*>(p.out) + slots.expert * p.stride + column;
 #pragma unroll
-  for (int i = 0; i < 2; i++) {
+  for (int i = 0; i < kCount; i++) {
     if (column + 8 * i >= p.n) continue;
     float2* at = reinterpret_cast<float2*>(out + row * p.ldo + 8 * i);
     if (row < p.m) *at = {at->x + s[i].x, at->y + s[i].y};

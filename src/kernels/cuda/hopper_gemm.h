@@ -14,9 +14,11 @@ enum class GemmLayout {
   wgrad,  // out[m, n] (fp32, +=) = a[k, m]^T b[k, n]
 };
 enum class GemmEpilogue {
-  store,     // out = product (bf16); of a wgrad: out += product (fp32)
-  residual,  // out = residual + product, rounded once; residual may be out
-  swiglu,    // fwd, n = 2 f: out = product (null: not wanted), act[m, f] = silu(out[:, :f]) * out[:, f:]
+  store,       // out = product (bf16); of a wgrad: out += product (fp32)
+  residual,    // out = residual + product, rounded once; residual may be out
+  swiglu,      // fwd, n = 2 f: out = product (null: not wanted), act[m, f] = silu(out[:, :f]) * out[:, f:]
+  swiglu_bwd,  // dgrad, n = f: with dact = product (rounded to bf16), gate_up = residual [m, 2 f] (may be out):
+               // out[m, 2 f] = gradient of gate_up, act[m, f] = silu(gate) * up (null: not wanted)
 };
 
 struct HopperGemm {
@@ -36,12 +38,12 @@ struct HopperGemm {
   const int32_t* offset = nullptr;
   int n_expert = 1;
   int64_t stride = 0;
-  int tile_n = 0;      // columns of a tile, 256, 192 or 128; 0: chosen by size
-  int ahead = 8, out_ahead = 1, pdl = 1;
-  bool defer = true;   // false: every tile is stored before the next is begun (slower, for comparison)
+  int tile_n = 0;  // columns of a tile, 256, 192 or 128 (swiglu: 256, swiglu_bwd: 192); 0: chosen by size
 };
 
-// Is the device a Hopper, and are sizes, strides and addresses such as TMA can take (multiples of 16 bytes)?
+// Is the device a Hopper, and are sizes, strides and addresses such as the kernel can take? Every address a multiple of
+// 16 bytes, every stride (lda, ldb, ldo, ldr, stride) and n of 8; besides, fwd: k of 8, swiglu: n of 16; dgrad: k of 8,
+// n of 64; wgrad: m and n of 64 (k, the rows, may be anything). m, n, k at least 1 and less than 2^30.
 bool hopper_gemm_fits(const Context& ctx, const HopperGemm& g);
 void hopper_gemm(const Context& ctx, const HopperGemm& g);
 

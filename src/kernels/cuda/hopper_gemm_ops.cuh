@@ -1,5 +1,6 @@
-// What the Hopper GEMM needs of the instruction set beyond hopper.cuh: products 192 and 256 columns wide, TMA loads that
-// write to both blocks of a cluster, barriers of the other block, and 8x8 tiles between registers and shared memory.
+// What the Hopper GEMM needs of the instruction set beyond hopper.cuh: products 192 and 256 columns wide, TMA loads
+// that write to both blocks of a cluster, barriers of the other block, and 8x8 tiles between registers and shared
+// memory.
 #pragma once
 
 #include "kernels/cuda/hopper.cuh"
@@ -15,6 +16,10 @@ __device__ inline uint32_t cluster_rank() {
 __device__ inline void cluster_sync() {
   asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
+
+// A value that the whole warp shares, in a form that tells the compiler so: what follows from it (descriptors, loops)
+// is then computed once in uniform registers.
+__device__ inline int uniform(int x) { return __reduce_min_sync(0xffffffffu, x); }
 
 // Barriers by shared-memory address (an address + 8 i is the next barrier's).
 __device__ inline void barrier_init(uint32_t bar, uint32_t arrivals) {
@@ -53,33 +58,38 @@ __device__ inline void barrier_arrive(uint32_t bar) {
 
 // kBlocks 2: the tile lands at the same address of both blocks of the cluster, each block's barrier counts it.
 template <int kBlocks>
-__device__ inline void load_tile(uint32_t dst, const CUtensorMap* map, uint32_t bar, int x, int y, int z) {
+__device__ inline void load_tile(uint32_t dst, const CUtensorMap* map, uint32_t bar, int x, int y, int z, int w) {
   if constexpr (kBlocks == 1) {
     asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], "
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, "
+        "%6}], "
         "[%2];" ::"r"(dst),
-        "l"(map), "r"(bar), "r"(x), "r"(y), "r"(z)
+        "l"(map), "r"(bar), "r"(x), "r"(y), "r"(z), "r"(w)
         : "memory");
   } else {
     asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
-        "[%1, {%3, %4, %5}], [%2], %6;" ::"r"(dst),
-        "l"(map), "r"(bar), "r"(x), "r"(y), "r"(z), "h"(static_cast<uint16_t>((1 << kBlocks) - 1))
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+        "[%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(dst),
+        "l"(map), "r"(bar), "r"(x), "r"(y), "r"(z), "r"(w), "h"(static_cast<uint16_t>((1 << kBlocks) - 1))
         : "memory");
   }
 }
 
-// A tile's elements into L2.
-__device__ inline void prefetch_tile(const CUtensorMap* map, int x, int y, int z) {
-  asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(map), "r"(x), "r"(y), "r"(z)
-               : "memory");
+// True in one lane of a whole warp. The compiler knows that, and then reads the operands of TMA instructions from
+// there; in a branch on the lane's number it would loop over the lanes for each of them.
+__device__ inline bool elect_one() {
+  uint32_t elected;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "elect.sync _|p, 0xffffffff;\n"
+      "selp.b32 %0, 1, 0, p;\n"
+      "}\n"
+      : "=r"(elected));
+  return elected != 0;
 }
-__device__ inline void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
-// Programmatic dependent launch: the next kernel's blocks may take their places as this one's leave, and wait there
-// until all of it is done.
-__device__ inline void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-__device__ inline void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ inline void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 __device__ inline void store_matrices(uint32_t addr, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(addr), "r"(a), "r"(b), "r"(c),
@@ -94,7 +104,9 @@ __device__ inline void load_matrices(uint32_t addr, uint32_t (&h)[4]) {
 }
 __device__ inline uint4 load_shared(uint32_t addr) {
   uint4 v;
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(addr)
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(addr)
                : "memory");
   return v;
 }

@@ -6,8 +6,6 @@
 
 namespace mm::cuda {
 
-constexpr int kMaxUnits = 2000;  // words of shared memory for a cluster's list
-
 // Are there few enough units to plan? Otherwise a cluster takes every clusters-th; many are balanced without care.
 MM_HD bool plans_units(const SegmentPlan& p) {
   return p.experts.n_expert <= Unit::kMaxExperts && p.tiles < Unit::kMaxTiles && p.clusters <= 96 &&

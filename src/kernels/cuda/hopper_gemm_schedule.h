@@ -1,6 +1,6 @@
 // Which tile, and which part of its reduction, a cluster of the Hopper GEMM computes next. Plain arithmetic from the
-// experts' offsets, the same in the loading warp, the computing warps and the pass that adds the parts up; host code can
-// run it too (the test walks through all clusters and looks for gaps).
+// experts' offsets, the same in the loading warp, the computing warps and the pass that adds the parts up; host code
+// can run it too (the test walks through all clusters and looks for gaps).
 //
 // fwd and dgrad: the tiles (rows of the cluster x columns) are numbered expert by expert, within one by row, columns
 // innermost, so that the clusters at work at one time share the rows they read; cluster c takes c, c + clusters, ...
@@ -8,9 +8,9 @@
 // wgrad: few tiles (57 for a 4864 x 768 matrix, 256 x 256 each) but long reductions, so these are cut. Clusters at work
 // at one time should be at about the same rows: what one of them reads the others then find in the L2 cache (without
 // that, all clusters in different places, a grouped wgrad ran at 0.45 of the speed).
-//  One problem of known length: tiles beyond a multiple of the number of clusters are cut into `groups` parts of `chunk`
-//  blocks, computed at the same time by groups * tiles clusters that walk through the rows in step, and the rest, shared
-//  evenly by the clusters left over, the helpers:
+//  One problem of known length: tiles beyond a multiple of the number of clusters are cut into `groups` parts of
+//  `chunk` blocks, computed at the same time by groups * tiles clusters that walk through the rows in step, and the
+//  rest, shared evenly by the clusters left over, the helpers:
 //          rows ->  [ chunk: cluster t ][ chunk: cluster tiles + t ] ... [ rest ]     of tile t
 //  Experts (lengths known to the device alone): a unit of work is a tile of an expert, or an equal part of one if the
 //  expert has more rows than a cluster's fair share of all work. Longest units first, each to the cluster that is free
@@ -99,26 +99,44 @@ struct SegmentPlan {
   }
 };
 
-// Cuts of one problem of `blocks` blocks a tile, for plan.tiles and plan.clusters.
-inline void make_dense_plan(SegmentPlan& plan, int blocks) {
+// Cuts of one problem of `blocks` blocks a tile, for plan.tiles and plan.clusters, with helpers or without.
+inline void make_dense_plan(SegmentPlan& plan, int blocks, bool with_helpers) {
   constexpr int kShortest = 8;  // blocks worth a slot
+  constexpr int kChange = 6;    // a helper changes tiles often; each time takes as long as so many blocks
   const int clusters = plan.clusters;
+  plan.groups = plan.chunk = plan.helpers = 0;
   plan.whole = plan.tiles / clusters * clusters;
   const int cut = plan.cut_tiles();
   if (cut == 0) return;
   plan.groups = clusters / cut;
-  const int left = clusters - plan.groups * cut;
-  plan.chunk = static_cast<int>((static_cast<int64_t>(cut) * blocks + clusters - 1) / clusters);
-  const int rest = blocks - plan.groups * plan.chunk;
-  if (left * 20 >= clusters && rest * 20 >= blocks && rest >= kShortest) {
-    plan.helpers = left;
-    return;
+  if (with_helpers) {
+    plan.helpers = clusters - plan.groups * cut;
+    plan.chunk = static_cast<int>((static_cast<int64_t>(cut) * (blocks + kChange) + clusters - 1) / clusters);
+    if (plan.helpers > 0 && blocks - plan.groups * plan.chunk >= kShortest) return;
+    plan.helpers = 0;
   }
-  while (plan.groups > 1 && (blocks / plan.groups < kShortest ||
-                             (plan.groups - 1) * ((blocks + plan.groups - 1) / plan.groups) >= blocks))
+  while (plan.groups > 1 &&
+         (blocks / plan.groups < kShortest || (plan.groups - 1) * ((blocks + plan.groups - 1) / plan.groups) >= blocks))
     plan.groups--;
   plan.chunk = (blocks + plan.groups - 1) / plan.groups;
 }
+
+// Microseconds that a plan takes on an H100 with tiles kN = tile_n wide, fitted to measurements: a step, a change of
+// tiles, and the pass that adds the slots up.
+inline double plan_cost(const SegmentPlan& p, int blocks, int tile_n) {
+  const double width = tile_n / 256.0, step = tile_n == 256 ? 0.70 : tile_n == 192 ? 0.585 : 0.43, change = 4 * width;
+  const int cut = p.cut_tiles();
+  double main = p.groups > 0 ? p.chunk * step + change : 0;
+  if (p.helpers > 0) {
+    const double share = static_cast<double>(cut) / p.helpers;
+    const double helper = share * p.rest() * step + (share + 1) * change;
+    if (helper > main) main = helper;
+  }
+  main += p.whole / p.clusters * (blocks * step + change);
+  return main + (p.slots() > 0 ? 4 + (p.slots() + 2 * cut) * width * 0.066 : 0);
+}
+
+constexpr int kMaxUnits = 2000;  // words of shared memory for a cluster's list of units
 
 // A tile of an expert, or part of one, in one word.
 struct Unit {
@@ -203,25 +221,46 @@ class SegmentWalk {
   int64_t at_, base_ = 0, rest_at_ = -1;
 };
 
-// The slots of one tile of one expert, in the order of the rows: calls f(slot).
-template <class F>
-MM_HD void for_slots(const SegmentPlan& p, int expert, int tile, F&& f) {
+// The slots of one tile, in the order of the rows: `parts` of them `step` apart, then consecutive ones.
+struct SlotList {
+  int expert = -1;  // -1: there is no such expert
+  int first = 0, step = 0, parts = 0, helper = 0, helpers = 0;
+  MM_HD int count() const { return parts + helpers; }
+  MM_HD int at(int i) const { return i < parts ? first + i * step : helper + i - parts; }
+};
+
+// which: of the experts that are cut, in their order; there are at most max_cut_experts.
+MM_HD int max_cut_experts(const SegmentPlan& p) {
+  const int n = p.clusters * 8 / (p.tiles * 9);  // each has more than 9/8 of a fair share
+  return !p.grouped() ? 1 : n < p.experts.n_expert ? n : p.experts.n_expert;
+}
+MM_HD SlotList slots_of(const SegmentPlan& p, int tile, int which) {
+  SlotList list;
   if (p.grouped()) {
-    const int share = p.fair_share(), parts = p.parts(expert, share);
-    if (parts == 1) return;
-    int slot = tile;
-    for (int e = 0; e < expert; e++) slot += (p.parts(e, share) - 1) * p.tiles;
-    for (int i = 1; i < parts; i++, slot += p.tiles) f(slot);
-    return;
+    const int share = p.fair_share();
+    int before = 0;
+    for (int e = 0; e < p.experts.n_expert; e++) {
+      const int parts = p.parts(e, share);
+      if (parts > 1 && which-- == 0) {
+        list.expert = e, list.first = before + tile, list.step = p.tiles, list.parts = parts - 1;
+        return list;
+      }
+      before += (parts - 1) * p.tiles;
+    }
+    return list;
   }
-  const int i = tile - p.whole;
-  if (i < 0) return;
-  for (int g = 1; g < p.groups; g++) f((g - 1) * p.cut_tiles() + i);
-  const int64_t len = p.rest(), first = len * i;
-  for (int r = 0; r < p.helpers; r++) {
-    const int64_t from = p.rest_cut(r), to = p.rest_cut(r + 1);
-    if (from < first + len && to > first && to > from) f(p.rest_slot(i, r));
+  list.expert = 0;
+  const int i = tile - p.whole, cut = p.cut_tiles();
+  if (i < 0) return list;
+  list.first = i, list.step = cut, list.parts = p.groups - 1;
+  if (p.helpers > 0) {
+    // Helper r has the blocks of the line from rest_cut(r) on: which has the tile's first block, which its last?
+    const int64_t all = static_cast<int64_t>(p.rest()) * cut, first = static_cast<int64_t>(p.rest()) * i;
+    const auto helper_at = [&](int64_t x) { return static_cast<int>(((x + 1) * p.helpers + all - 1) / all) - 1; };
+    const int from = helper_at(first), to = helper_at(first + p.rest() - 1);
+    list.helper = p.rest_slot(i, from), list.helpers = to - from + 1;
   }
+  return list;
 }
 
 }  // namespace mm::cuda

@@ -1,17 +1,18 @@
 // Router of a mixture of experts: softmax and choice, order of the tokens by expert, balance loss, weighted sum.
 //
 // route   scores = softmax(logits) in fp32; the top_k best, ties to the lower expert; weights = scores (/ their sum).
-//         A token belongs to G neighbouring lanes (G = 1 .. 32, the power of two that holds n_expert; above 32 a lane has
-//         every 32nd expert). The j-th choice is the best of those that come after choice j - 1 in the order (score
+//         A token belongs to G neighbouring lanes (G = 1 .. 32, the power of two that holds n_expert; above 32 a lane
+//         has every 32nd expert). The j-th choice is the best of those that come after choice j - 1 in the order (score
 //         down, expert up), which needs no list of what was taken. NaN counts as less than every score.
-// sort    a stable counting sort of the n top_k pairs, two kernels: histogram of each block's stretch of pairs; then each
+// sort    a stable counting sort of the n top_k pairs, two kernels: histogram of each block's stretch of pairs; then
+// each
 //         block adds up the histograms before its own, and ranks its pairs 256 at a time: rank within the warp by
 //         __match_any, within the block by the warps' counts. Nothing depends on which block runs first.
 // balance sums of scores per expert in double: blocks over tokens, then one block over blocks.
 // combine a thread 16 bytes of a row (forward), a warp a pair (backward, with the dot product for dweights).
 //
-// Bytes, n = 24576, E = 4, top 1, d = 768, bf16: route 0.2 + 0.6 MB; sort 0.4 MB; combine 113 MB forward (out twice, y),
-// 113 MB backward (dout, y, dy): 38 us each at 3 TB/s; the others are bound by launches.
+// Bytes, n = 24576, E = 4, top 1, d = 768, bf16: route 0.2 + 0.6 MB; sort 0.4 MB; combine 113 MB forward (out twice,
+// y), 113 MB backward (dout, y, dy): 38 us each at 3 TB/s; the others are bound by launches.
 #include "kernels/cuda/device_math.cuh"
 
 namespace mm::cuda {
@@ -24,8 +25,9 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 // --- route --------------------------------------------------------------------------------------------------------
 
 template <class T, int G>
-__global__ void __launch_bounds__(kThreads) route_fwd_kernel(float* scores, int32_t* experts, float* weights,
-                                                             const T* logits, int64_t n, int n_expert, int top_k, bool norm) {
+__global__ void __launch_bounds__(kThreads)
+    route_fwd_kernel(float* scores, int32_t* experts, float* weights, const T* logits, int64_t n, int n_expert,
+                     int top_k, bool norm) {
   // Groups past the end work on the last token, for the shuffles, and write nothing.
   const int64_t group = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / G;
   const bool live = group < n;
@@ -121,24 +123,25 @@ void dispatch_lanes(int n_expert, F&& f) {
 constexpr int kWarps = kThreads / 32, kMaxSortBlocks = 512;
 
 // counts [block][expert]
-__global__ void __launch_bounds__(kThreads) count_kernel(int32_t* counts, const int32_t* experts, int64_t pairs,
-                                                         int64_t per_block, int n_expert) {
+__global__ void __launch_bounds__(kThreads)
+    count_kernel(int32_t* counts, const int32_t* experts, int64_t pairs, int64_t per_block, int n_expert) {
   extern __shared__ int32_t count[];
   for (int e = static_cast<int>(threadIdx.x); e < n_expert; e += kThreads) count[e] = 0;
   __syncthreads();
   const int64_t first = blockIdx.x * per_block, last = min(first + per_block, pairs);
-  for (int64_t i = first + threadIdx.x; i < last; i += kThreads) atomicAdd(&count[experts[i]], 1);  // integers: any order
+  for (int64_t i = first + threadIdx.x; i < last; i += kThreads)
+    atomicAdd(&count[experts[i]], 1);  // integers: any order
   __syncthreads();
   for (int e = static_cast<int>(threadIdx.x); e < n_expert; e += kThreads)
     counts[static_cast<int64_t>(blockIdx.x) * n_expert + e] = count[e];
 }
 
-__global__ void __launch_bounds__(kThreads) rank_kernel(int32_t* slot, int32_t* rows, int32_t* offset, const int32_t* counts,
-                                                        const int32_t* experts, int64_t pairs, int64_t per_block, int top_k,
-                                                        int n_expert) {
+__global__ void __launch_bounds__(kThreads)
+    rank_kernel(int32_t* slot, int32_t* rows, int32_t* offset, const int32_t* counts, const int32_t* experts,
+                int64_t pairs, int64_t per_block, int top_k, int n_expert) {
   extern __shared__ int32_t shared[];
-  int32_t* next = shared;                 // [n_expert] first free row of each expert, for this block
-  int32_t* in_warp = shared + n_expert;   // [kWarps][n_expert] counts, then rows
+  int32_t* next = shared;                // [n_expert] first free row of each expert, for this block
+  int32_t* in_warp = shared + n_expert;  // [kWarps][n_expert] counts, then rows
   const int tid = static_cast<int>(threadIdx.x), warp = tid / 32, lane = tid % 32;
   const int n_block = static_cast<int>(gridDim.x), mine = static_cast<int>(blockIdx.x);
   // Per expert: pairs of all blocks (kept in in_warp's first row for the moment) and of the blocks before this one.
@@ -196,8 +199,8 @@ __global__ void __launch_bounds__(kThreads) rank_kernel(int32_t* slot, int32_t* 
 constexpr int kBalanceBlocks = 64;
 
 // partial [block][expert]: sums of the block's tokens.
-__global__ void __launch_bounds__(kThreads) score_sums_kernel(double* partial, const float* scores, int64_t n,
-                                                              int n_expert) {
+__global__ void __launch_bounds__(kThreads)
+    score_sums_kernel(double* partial, const float* scores, int64_t n, int n_expert) {
   __shared__ double sums[kThreads];
   const int64_t per_block = (n + gridDim.x - 1) / gridDim.x, first = blockIdx.x * per_block,
                 last = min(first + per_block, n);
@@ -221,9 +224,9 @@ __global__ void __launch_bounds__(kThreads) score_sums_kernel(double* partial, c
   }
 }
 
-__global__ void __launch_bounds__(kThreads) balance_kernel(double* aux, float* daux, const float* share,
-                                                           const double* partial, int n_block, const int32_t* offset,
-                                                           int64_t n, int n_expert, double coef) {
+__global__ void __launch_bounds__(kThreads)
+    balance_kernel(double* aux, float* daux, const float* share, const double* partial, int n_block,
+                   const int32_t* offset, int64_t n, int n_expert, double coef) {
   __shared__ double sums[kWarps];
   const int lane = static_cast<int>(threadIdx.x) % 32;
   double loss = 0;
@@ -246,8 +249,8 @@ __global__ void __launch_bounds__(kThreads) balance_kernel(double* aux, float* d
 // --- combine ------------------------------------------------------------------------------------------------------
 
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads) combine_fwd_kernel(T* out, const T* y, const int32_t* slot, const float* weights,
-                                                               int64_t n, int top_k, int64_t d) {
+__global__ void __launch_bounds__(kThreads)
+    combine_fwd_kernel(T* out, const T* y, const int32_t* slot, const float* weights, int64_t n, int top_k, int64_t d) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, per_row = d / V;
   if (i >= n * per_row) return;
   const int64_t t = i / per_row, column = i % per_row * V;
@@ -264,9 +267,9 @@ __global__ void __launch_bounds__(kThreads) combine_fwd_kernel(T* out, const T* 
 }
 
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads) combine_bwd_kernel(T* dy, float* dweights, const T* dout, const T* y,
-                                                               const int32_t* slot, const float* weights, int64_t pairs,
-                                                               int top_k, int64_t d) {
+__global__ void __launch_bounds__(kThreads)
+    combine_bwd_kernel(T* dy, float* dweights, const T* dout, const T* y, const int32_t* slot, const float* weights,
+                       int64_t pairs, int top_k, int64_t d) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (i >= pairs) return;
   const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -303,20 +306,20 @@ void moe_route_fwd(const Context& ctx, DType t, float* scores, int32_t* experts,
   MM_CUDA_LAUNCHED();
 }
 
-void moe_route_bwd(const Context& ctx, DType t, void* dlogits, const float* dweights, const float* daux, const float* scores,
-                   const int32_t* experts, int64_t n, int n_expert, int top_k, bool norm) {
+void moe_route_bwd(const Context& ctx, DType t, void* dlogits, const float* dweights, const float* daux,
+                   const float* scores, const int32_t* experts, int64_t n, int n_expert, int top_k, bool norm) {
   if (n == 0) return;
   dispatch(t, [&]<class T>(T) {
     dispatch_lanes(n_expert, [&]<int G>(std::integral_constant<int, G>) {
-      route_bwd_kernel<T, G><<<blocks_for(n * G), kThreads, 0, ctx.stream>>>(static_cast<T*>(dlogits), dweights, daux, scores,
-                                                                             experts, n, n_expert, top_k, norm);
+      route_bwd_kernel<T, G><<<blocks_for(n * G), kThreads, 0, ctx.stream>>>(static_cast<T*>(dlogits), dweights, daux,
+                                                                             scores, experts, n, n_expert, top_k, norm);
     });
   });
   MM_CUDA_LAUNCHED();
 }
 
-void moe_sort(const Context& ctx, int32_t* slot, int32_t* rows, int32_t* offset, const int32_t* experts, int64_t n, int top_k,
-              int n_expert) {
+void moe_sort(const Context& ctx, int32_t* slot, int32_t* rows, int32_t* offset, const int32_t* experts, int64_t n,
+              int top_k, int n_expert) {
   const int64_t pairs = n * top_k;
   if (pairs == 0) {
     MM_CUDA_CHECK(cudaMemsetAsync(offset, 0, (static_cast<size_t>(n_expert) + 1) * sizeof(int32_t), ctx.stream));
@@ -329,8 +332,8 @@ void moe_sort(const Context& ctx, int32_t* slot, int32_t* rows, int32_t* offset,
   if ((kWarps + 1) * one > 48 * 1024) fail("moe_sort", "more than 1365 experts", __FILE__, __LINE__);
   count_kernel<<<blocks, kThreads, one, ctx.stream>>>(counts, experts, pairs, per_block, n_expert);
   MM_CUDA_LAUNCHED();
-  rank_kernel<<<blocks, kThreads, (kWarps + 1) * one, ctx.stream>>>(slot, rows, offset, counts, experts, pairs, per_block,
-                                                                    top_k, n_expert);
+  rank_kernel<<<blocks, kThreads, (kWarps + 1) * one, ctx.stream>>>(slot, rows, offset, counts, experts, pairs,
+                                                                    per_block, top_k, n_expert);
   MM_CUDA_LAUNCHED();
 }
 
@@ -372,8 +375,8 @@ void moe_combine_bwd(const Context& ctx, DType t, void* dy, float* dweights, con
     constexpr int kWide = per_16_bytes<T>;
     const auto run = [&](auto kernel) {
       kernel<<<static_cast<unsigned>(div_up(pairs, kWarps)), kThreads, 0, ctx.stream>>>(
-          static_cast<T*>(dy), dweights, static_cast<const T*>(dout), static_cast<const T*>(y), slot, weights, pairs, top_k,
-          d);
+          static_cast<T*>(dy), dweights, static_cast<const T*>(dout), static_cast<const T*>(y), slot, weights, pairs,
+          top_k, d);
     };
     if (d % kWide == 0 && aligned({dy, dout, y})) run(combine_bwd_kernel<T, kWide>);
     else run(combine_bwd_kernel<T, 1>);
