@@ -270,11 +270,6 @@ void linear_swiglu_fwd(const Device& dev, View gate_up, View act, View x, View w
   swiglu_fwd(dev, act, gate_up);
 }
 
-void linear_swiglu_bwd(const Device& dev, View dgate_up, View act, View dact, View dy, View w, View gate_up) {
-  linear_bwd(dev, dact, View(), dy, View(), w);
-  swiglu_bwd(dev, dgate_up, act, dact, gate_up);
-}
-
 void swiglu_bwd(const Device& dev, View dgate_up, View act, View dact, View gate_up) {
   check_dense(dact, dact.rows(), dact.cols(), "dact");
   check_dense(act, dact.rows(), dact.cols(), "act");

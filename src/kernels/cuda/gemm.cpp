@@ -22,7 +22,8 @@ namespace mm::cuda {
 namespace {
 
 constexpr size_t workspace = size_t{32} << 20;  // NVIDIA's advice for Hopper
-constexpr int candidates = 24, timed_runs = 6;
+constexpr int candidates = 24;
+constexpr size_t finalists = 4;
 
 #define MM_CUBLASLT_FUNCTIONS(X)                                                                                     \
   X(cublasLtCreate)                                                                                                  \
@@ -151,6 +152,7 @@ struct Gemm::Impl {
   Library lib;
   cublasLtHandle_t handle = nullptr;
   void* space = nullptr;
+  cudaEvent_t start = nullptr, stop = nullptr;
   std::map<GemmShape, Plan> plans;
   std::string cache_path;
   ordered_json cache = ordered_json::object();
@@ -158,6 +160,8 @@ struct Gemm::Impl {
   explicit Impl(const Context& c) : ctx(c) {
     require(lib.cublasLtCreate(&handle), "create", {});
     space = allocate(workspace, Memory::cuda);
+    MM_CUDA_CHECK(cudaEventCreate(&start));
+    MM_CUDA_CHECK(cudaEventCreate(&stop));
     const std::string dir = cache_dir();
     if (dir.empty()) return;
     std::string gpu = cuda_status().name;
@@ -173,6 +177,9 @@ struct Gemm::Impl {
   ~Impl() {
     for (auto& [shape, p] : plans) destroy(p);
     if (space != nullptr) release(space, workspace, Memory::cuda);
+    for (cudaEvent_t e : {start, stop}) {
+      if (e != nullptr) (void)cudaEventDestroy(e);
+    }
     if (handle != nullptr) lib.cublasLtDestroy(handle);
   }
   void destroy(Plan& p) {
@@ -234,8 +241,25 @@ struct Gemm::Impl {
     return algos;
   }
 
-  // Chooses the fastest of the proposals and, where it fits, our own kernel, by the median of a few runs; into memory of
-  // its own so that `+=` stays harmless.
+  // Milliseconds of one product by `p`, the best of `rounds` rows of `launches` products; negative when it fails.
+  float time(const GemmShape& g, const Plan& p, int rounds, int launches, void* d, const void* a, const void* b) {
+    float best = -1;
+    for (int r = 0; r < rounds; r++) {
+      cudaEventRecord(start, ctx.stream);
+      for (int i = 0; i < launches; i++) {
+        if (launch(g, p, p.algo, d, a, b, d) != CUBLAS_STATUS_SUCCESS) return -1;
+      }
+      cudaEventRecord(stop, ctx.stream);
+      float ms = 0;
+      if (cudaEventSynchronize(stop) != cudaSuccess || cudaEventElapsedTime(&ms, start, stop) != cudaSuccess) return -1;
+      if (best < 0 || ms < best) best = ms;
+    }
+    return best / static_cast<float>(launches);
+  }
+
+  // Chooses among the proposals and, where it fits, our own kernel; into memory of its own so that `+=` stays harmless.
+  // First all of them roughly, then the best few in rows of launches: a GPU at work runs at other clocks than one that
+  // is woken for a single product.
   void choose(const GemmShape& g, Plan& p, const std::vector<cublasLtMatmulAlgo_t>& algos, bool own, const void* a,
               const void* b) {
     const size_t bytes = static_cast<size_t>(g.m * std::max(g.ldd, g.ldc)) * dtype_size(g.out);
@@ -246,40 +270,27 @@ struct Gemm::Impl {
       return;
     }
     cudaMemsetAsync(d, 0, bytes, ctx.stream);
-    cudaEvent_t start = nullptr, stop = nullptr;
-    cudaEventCreate(&start);
-    cudaEventCreate(&stop);
-    size_t best = 0;
-    float best_ms = 1e30f, best_lt_ms = 1e30f;
+    std::vector<std::pair<float, Plan>> trials;
     for (size_t i = 0; i < algos.size() + (own ? 1 : 0); i++) {
       Plan trial = p;
       trial.own = i == algos.size();
       if (!trial.own) trial.algo = algos[i];
-      std::vector<float> ms;
-      for (int r = 0; r < timed_runs; r++) {
-        cudaEventRecord(start, ctx.stream);
-        if (launch(g, trial, trial.algo, d, a, b, d) != CUBLAS_STATUS_SUCCESS) break;
-        cudaEventRecord(stop, ctx.stream);
-        if (cudaEventSynchronize(stop) != cudaSuccess) break;
-        float t = 0;
-        cudaEventElapsedTime(&t, start, stop);
-        if (r > 0) ms.push_back(t);
-      }
-      if (static_cast<int>(ms.size()) < timed_runs - 1) continue;
-      std::sort(ms.begin(), ms.end());
-      const float median = ms[ms.size() / 2];
-      if (!trial.own) best_lt_ms = std::min(best_lt_ms, median);
-      if (median < 0.98f * best_ms) best_ms = median, best = i;
+      if (const float ms = time(g, trial, 3, 1, d, a, b); ms >= 0) trials.emplace_back(ms, trial);
     }
-    cudaEventDestroy(start);
-    cudaEventDestroy(stop);
+    std::stable_sort(trials.begin(), trials.end(), [](const auto& x, const auto& y) { return x.first < y.first; });
+    trials.resize(std::min<size_t>(trials.size(), finalists));
+    for (auto& [ms, trial] : trials) ms = time(g, trial, 3, 8, d, a, b);
     cudaFree(d);
     MM_CUDA_CHECK(cudaGetLastError());
-    p.own = best == algos.size();
-    if (!p.own) p.algo = algos[best];
-    log_debug("product {}: {} of {} (own kernel: {}), {:.4f} ms, {:.0f} TFLOP/s; best of cuBLASLt {:.4f} ms", key_of(g),
-              best + 1, algos.size(), own ? p.own ? "taken" : "slower" : "does not fit", best_ms,
-              2e-9 * static_cast<double>(g.m * g.n * g.k) / best_ms, best_lt_ms);
+    const auto best = std::min_element(trials.begin(), trials.end(), [](const auto& x, const auto& y) {
+      return x.first >= 0 && (y.first < 0 || x.first < y.first);
+    });
+    if (best == trials.end() || best->first < 0) return;
+    p.own = best->second.own;
+    p.algo = best->second.algo;
+    log_debug("product {}: {} of {} candidates{}, {:.4f} ms, {:.0f} TFLOP/s", key_of(g), p.own ? "own kernel" : "cuBLASLt",
+              algos.size(), own ? " and the own kernel" : "", best->first,
+              2e-9 * static_cast<double>(g.m * g.n * g.k) / best->first);
   }
 
   void remember(const GemmShape& g, const Plan& p) {
