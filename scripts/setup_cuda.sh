@@ -22,9 +22,8 @@ esac
 echo "downloading $package for its header and library (once, about 400 MB)"
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT
-pip=(python3 -m pip)
-[ -x .venv/bin/pip ] && pip=(.venv/bin/pip)
-"${pip[@]}" download -qq --disable-pip-version-check --no-deps --only-binary=:all: -d "$tmp" "$package" </dev/null
+python3 -m venv "$tmp/venv"
+"$tmp/venv/bin/pip" download -qq --disable-pip-version-check --no-deps --only-binary=:all: -d "$tmp" "$package" </dev/null
 python3 - "$tmp" <<'PY'
 import pathlib, sys, zipfile
 out = pathlib.Path("build/cublas")
