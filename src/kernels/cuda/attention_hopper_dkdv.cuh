@@ -110,6 +110,8 @@ __global__ void __launch_bounds__(kBwdThreads, 1)
   const float2* const lse = reinterpret_cast<const float2*>(shared + L::kLse) + lane % 4;
   const float2* const delta = reinterpret_cast<const float2*>(shared + L::kDelta) + lane % 4;
   const float c = p.scale * kLog2e;
+  // The next S before dK, which then runs beside the exponentials: 11% faster with d 96, 5% slower with 64 and 128.
+  constexpr bool kEarly = D == 96;
   // With wide heads there are no registers for dS beside P: dV's product is waited for, then dS takes P's place.
   constexpr bool kTight = D > 96;
   int use = 0;
@@ -147,26 +149,29 @@ __global__ void __launch_bounds__(kBwdThreads, 1)
     for (int e = 0; e < D / 2; e++) dk[e] = dv[e] = 0.0f;
     wgmma_pin(dk);
     wgmma_pin(dv);
-    const auto products = [&] {  // issues S^T = K Q^T and dP^T = V dO^T
+    const auto issue_s = [&] {  // S^T = K Q^T
       const int stage = use % kStages;
       mbarrier_wait(q_full + stage, use / kStages & 1);
       wgmma_pin(s);
       wgmma_fence();
       product_abt<T, D, kQueries, kRows>(s, k, q0 + stage * L::kQo);
       wgmma_commit();
+    };
+    const auto issue_dp = [&] {  // dP^T = V dO^T
+      const int stage = use % kStages;
       mbarrier_wait(do_full + stage, use / kStages & 1);
       wgmma_pin(dp);
       wgmma_fence();
       product_abt<T, D, kQueries, kRows>(dp, v, do0 + stage * L::kQo);
       wgmma_commit();
     };
-    products();
-    int before = -1;  // stage that the products in flight before S still read
+    issue_s();
+    issue_dp();
+    wgmma_wait<1>();
+    int before = -1;  // stage that products in flight still read
     while (true) {
       const int stage = use % kStages;
-      wgmma_wait<1>();  // S, and the products before it
       wgmma_pin(s);
-      if (before >= 0 && lane == 0) mbarrier_arrive(empty + before);
       if (t == wg) {                                               // on the diagonal
         const int visible = first_row - wg * 64 - 2 * (lane % 4);  // columns from it on are visible
 #pragma unroll
@@ -186,8 +191,9 @@ __global__ void __launch_bounds__(kBwdThreads, 1)
       wgmma_fence();
       product_pb<T, D, kQueries>(dv, pa, do0 + stage * L::kQo);
       wgmma_commit();
-      wgmma_wait<kTight ? 0 : 1>();  // dP
+      wgmma_wait<kTight ? 0 : 1>();  // dP, and dK of the tile before
       wgmma_pin(dp);
+      if (before >= 0 && lane == 0) mbarrier_arrive(empty + before);
 #pragma unroll
       for (int j = 0; j < kQueries / 8; j++) {
         const float2 x = delta[stage * kQueries / 2 + 4 * j];
@@ -198,15 +204,30 @@ __global__ void __launch_bounds__(kBwdThreads, 1)
       }
       uint32_t(&da)[kQueries / 4] = kTight ? pa : ds;
       pack_operand<T, kQueries>(da, s);
-      wgmma_fence();
-      product_pb<T, D, kQueries>(dk, da, q0 + stage * L::kQo);
-      wgmma_commit();
+      const auto issue_dk = [&] {
+        wgmma_fence();
+        product_pb<T, D, kQueries>(dk, da, q0 + stage * L::kQo);
+        wgmma_commit();
+      };
       before = stage;
       use++;
       t = t + 1 == n_query_tiles ? 0 : t + 1;
       skip();
-      if (use == end) break;
-      products();
+      if (use == end) {
+        issue_dk();
+        break;
+      }
+      if constexpr (kEarly) {
+        issue_s();
+        issue_dk();
+        issue_dp();
+        wgmma_wait<2>();  // S, and dV; dK and dP go on
+      } else {
+        issue_dk();
+        issue_s();
+        issue_dp();
+        wgmma_wait<1>();
+      }
     }
     wgmma_wait<0>();
     wgmma_pin(dk);

@@ -10,10 +10,11 @@ constexpr int kKeys = 64;  // keys of a stage
 // Shared memory: two buffers of (q, do) tiles and mail, so that the next item's arrive while this one is computed, and
 // the ring of k, v stages. The rows of `out` that delta needs travel through the ring too, before the keys: a stage
 // holds 64 rows of k and 64 of v, together just a tile of 128.
-template <int D, int kStages>
+template <int D, int kStages, int kBuffers>
 struct DqShared {
   static constexpr int kOwn = Tile<D>::bytes(kRows), kKv = Tile<D>::bytes(kKeys);
-  static constexpr int kQ = 0, kDo = 2 * kOwn, kK = 4 * kOwn, kV = kK + kStages * kKv, kLse = kV + kStages * kKv;
+  static constexpr int kQ = 0, kDo = kBuffers * kOwn, kK = 2 * kBuffers * kOwn, kV = kK + kStages * kKv,
+                       kLse = kV + kStages * kKv;
   static constexpr int kMail = kLse + 2 * kRows * 4, kBars = kMail + 2 * 16;
   static constexpr int kBytes = kBars + 8 * (4 + 4 * kStages) + 1024;  // 1024: the base is rounded up
 };
@@ -42,13 +43,13 @@ __device__ inline float quad_dot(const uint8_t* a, int row_a, const uint8_t* b, 
 
 #endif
 
-template <class T, int D, int kStages>
+template <class T, int D, int kStages, int kBuffers>
 __global__ void __launch_bounds__(kBwdThreads, 1)
     attention_dq_kernel(const __grid_constant__ CUtensorMap map_q, const __grid_constant__ CUtensorMap map_do,
                         const __grid_constant__ CUtensorMap map_out, const __grid_constant__ CUtensorMap map_k,
                         const __grid_constant__ CUtensorMap map_v, const BwdParams p) {
 #if defined(MM_SM90A)
-  using L = DqShared<D, kStages>;
+  using L = DqShared<D, kStages, kBuffers>;
   extern __shared__ uint8_t raw[];
   uint8_t* const shared = align_1024(raw);
   uint64_t *const own_full = reinterpret_cast<uint64_t*>(shared + L::kBars), *const own_empty = own_full + 2;
@@ -78,9 +79,9 @@ __global__ void __launch_bounds__(kBwdThreads, 1)
     const int n_items = uniform(*p.n_tiles) * p.n_head;
     int item = static_cast<int>(blockIdx.x), use = 0;
     for (int n = 0;; n++) {
-      const int buf = n & 1;
+      const int buf = n % kBuffers;
       if (item >= n_items) {
-        mbarrier_wait(own_empty + buf, (n / 2 + 1) & 1);
+        mbarrier_wait(own_empty + buf, (n / kBuffers + 1) & 1);
         if (lane == 0) {
           mail[buf] = make_int4(0, 0, -1, 0);
           mbarrier_arrive(own_full + buf);
@@ -96,16 +97,6 @@ __global__ void __launch_bounds__(kBwdThreads, 1)
       for (int e = 0; e < 4; e++) {
         const int row = at.row + lane + 32 * e;
         lse[e] = row < at.len ? p.lse[static_cast<int64_t>(at.start + row) * p.n_head + head] * kLog2e : 0.0f;
-      }
-      mbarrier_wait(own_empty + buf, (n / 2 + 1) & 1);
-#pragma unroll
-      for (int e = 0; e < 4; e++) mail_lse[buf * kRows + lane + 32 * e] = lse[e];
-      __syncwarp();
-      if (lane == 0) {
-        mail[buf] = make_int4(at.start, at.len, at.row, head);
-        mbarrier_arrive_expect(own_full + buf, 2 * L::kOwn);
-        load_tile<D>(shared + L::kQ + buf * L::kOwn, &map_q, own_full + buf, at.start + at.row, head);
-        load_tile<D>(shared + L::kDo + buf * L::kOwn, &map_do, own_full + buf, at.start + at.row, head);
       }
       const int n_key_tiles = (min(at.row + kRows, at.len) + kKeys - 1) / kKeys;
       for (int i = -1; i < n_key_tiles; i++, use++) {
@@ -123,6 +114,18 @@ __global__ void __launch_bounds__(kBwdThreads, 1)
           if (i < 0) load_tile<D>(shared + L::kV + s * L::kKv, &map_out, v_full + s, at.start + at.row + 64, head);
           else load_tile<D>(shared + L::kV + s * L::kKv, &map_v, v_full + s, row, kv_head);
         }
+        if (i != 0) continue;
+        // After the first keys, which need not wait for the last item's q and do to be done with.
+        mbarrier_wait(own_empty + buf, (n / kBuffers + 1) & 1);
+#pragma unroll
+        for (int e = 0; e < 4; e++) mail_lse[buf * kRows + lane + 32 * e] = lse[e];
+        __syncwarp();
+        if (lane == 0) {
+          mail[buf] = make_int4(at.start, at.len, at.row, head);
+          mbarrier_arrive_expect(own_full + buf, 2 * L::kOwn);
+          load_tile<D>(shared + L::kQ + buf * L::kOwn, &map_q, own_full + buf, at.start + at.row, head);
+          load_tile<D>(shared + L::kDo + buf * L::kOwn, &map_do, own_full + buf, at.start + at.row, head);
+        }
       }
       item = uniform(next);
     }
@@ -134,8 +137,8 @@ __global__ void __launch_bounds__(kBwdThreads, 1)
   const float c = p.scale * kLog2e;
   int use = 0;
   for (int n = 0;; n++) {
-    const int buf = n & 1;
-    mbarrier_wait(own_full + buf, n / 2 & 1);
+    const int buf = n % kBuffers;
+    mbarrier_wait(own_full + buf, n / kBuffers & 1);
     const int4 item = mail[buf];
     const int start = uniform(item.x), len = uniform(item.y), tile_row = uniform(item.z), head = uniform(item.w);
     if (tile_row < 0) return;
@@ -170,31 +173,33 @@ __global__ void __launch_bounds__(kBwdThreads, 1)
       mbarrier_wait(v_full + s, use / kStages & 1);
       if (lane == 0) mbarrier_arrive(k_empty + s), mbarrier_arrive(v_empty + s);
     }
-    float dq[D / 2], s[kKeys / 2], dp[kKeys / 2];
+    // Step i issues S of tile i + 1, turns S of tile i into P, P and dP into dS, issues dQ += dS K and dP of tile i
+    // + 1. The tensor cores have up to three products queued while the exponentials of tile i are taken.
+    float dq[D / 2], s0[kKeys / 2], s1[kKeys / 2], dp[kKeys / 2];
     uint32_t ds[kKeys / 4];
 #pragma unroll
     for (int e = 0; e < D / 2; e++) dq[e] = 0.0f;
     wgmma_pin(dq);
-    const auto products = [&] {  // issues S = Q K^T and dP = dO V^T
-      const int stage = use % kStages;
-      mbarrier_wait(k_full + stage, use / kStages & 1);
+    const auto issue_s = [&](float(&s)[kKeys / 2], int u) {
+      mbarrier_wait(k_full + u % kStages, u / kStages & 1);
       wgmma_pin(s);
       wgmma_fence();
-      product_abt<T, D, kKeys, kRows>(s, q, k0 + stage * L::kKv);
-      wgmma_commit();
-      mbarrier_wait(v_full + stage, use / kStages & 1);
-      wgmma_pin(dp);
-      wgmma_fence();
-      product_abt<T, D, kKeys, kRows>(dp, d_out, v0 + stage * L::kKv);
+      product_abt<T, D, kKeys, kRows>(s, q, k0 + u % kStages * L::kKv);
       wgmma_commit();
     };
-    products();
-    int before = -1;  // stage that the product with K in flight still reads
-    while (true) {
+    const auto issue_dp = [&](int u) {
+      mbarrier_wait(v_full + u % kStages, u / kStages & 1);
+      wgmma_pin(dp);
+      wgmma_fence();
+      product_abt<T, D, kKeys, kRows>(dp, d_out, v0 + u % kStages * L::kKv);
+      wgmma_commit();
+    };
+    const int first = use;
+    // kWait: groups that may be in flight when S must be there
+    const auto step = [&](float(&s)[kKeys / 2], float(&s_next)[kKeys / 2], auto more) {
+      constexpr bool kMore = decltype(more)::value;
       const int stage = use % kStages;
-      wgmma_wait<1>();  // S, and the product with K before it
-      wgmma_pin(s);
-      if (before >= 0 && lane == 0) mbarrier_arrive(k_empty + before);
+      if constexpr (kMore) issue_s(s_next, use + 1);
       const int key0 = (end - 1 - use) * kKeys;
       if (key0 + kKeys - 1 > group_row) {
         const int visible = row - key0 - 2 * (lane % 4);  // columns up to it are visible
@@ -206,13 +211,13 @@ __global__ void __launch_bounds__(kBwdThreads, 1)
 #pragma unroll
       for (int e = 0; e < kKeys / 2; e++) s[e] = exp2_fast(fmaf(s[e], c, -lse[e / 2 % 2]));
       wgmma_pin(s);
-      mbarrier_wait(own_full + buf, n / 2 & 1);  // done long ago: its branch keeps ptxas from waiting before P
-      wgmma_wait<0>();
+      mbarrier_wait(v_full + stage, use / kStages & 1);  // done long ago: its branch keeps ptxas from waiting before P
+      wgmma_wait<kMore ? 1 : 0>();                       // dP, and dQ of the tile before
       wgmma_pin(dp);
-      use++;
       if (lane == 0) {
+        if (use > first) mbarrier_arrive(k_empty + (use - 1) % kStages);
         mbarrier_arrive(v_empty + stage);
-        if (use == end) mbarrier_arrive(own_empty + buf);
+        if (!kMore) mbarrier_arrive(own_empty + buf);
       }
 #pragma unroll
       for (int e = 0; e < kKeys / 2; e++) s[e] *= dp[e] - delta[e / 2 % 2];
@@ -220,13 +225,32 @@ __global__ void __launch_bounds__(kBwdThreads, 1)
       wgmma_fence();
       product_pb<T, D, kKeys>(dq, ds, k0 + stage * L::kKv);
       wgmma_commit();
-      before = stage;
-      if (use == end) break;
-      products();
+      use++;
+      if constexpr (kMore) {
+        issue_dp(use);
+        wgmma_wait<2>();  // the next S; dQ and dP go on
+        wgmma_pin(s_next);
+      }
+    };
+    issue_s(s0, use);
+    issue_dp(use);
+    wgmma_wait<1>();
+    wgmma_pin(s0);
+    while (true) {
+      if (use + 1 == end) {
+        step(s0, s1, std::false_type());
+        break;
+      }
+      step(s0, s1, std::true_type());
+      if (use + 1 == end) {
+        step(s1, s0, std::false_type());
+        break;
+      }
+      step(s1, s0, std::true_type());
     }
     wgmma_wait<0>();
     wgmma_pin(dq);
-    if (lane == 0) mbarrier_arrive(k_empty + before);
+    if (lane == 0) mbarrier_arrive(k_empty + (use - 1) % kStages);
     const float f[2] = {p.scale, p.scale};
     store_rows<T, D>(static_cast<T*>(p.dq) + (start + row) * p.lddq + head * D, p.lddq, dq, f, row < len,
                      row + 8 < len);

@@ -1,18 +1,28 @@
 // Attention, forward, on Hopper's tensor cores (wgmma): out = softmax(scale Q K^T + causal mask) V over packed
 // sequences, keys = the queries' rows, bf16 in and out, fp32 sums.
 //
-// A block owns 128 query rows of one head: two warpgroups of 64 rows. K and V come through TMA into a ring of stages,
-// from the diagonal back to key 0, asked for by one warp of the second warpgroup (it has the longer rows). There is
-// no warp of its own for that: a ninth warp would take a warpgroup's share of the register file.
+// An item is 128 query rows of one head. One block a processor; its one or two teams each take items from a counter
+// until none is left. A team is two warpgroups of 64 rows and one warp that feeds them K and V through TMA into a ring
+// of stages, from the diagonal back to key 0, and already the next item's while they are at the last. The feeding warps
+// belong to a last warpgroup, which gives its registers to the others.
 //
-//            keys ->                       issuer:      q, then k, v of tile n-1, n-2, ..., 0
+//            keys ->                       feeder:      k, v of tile n-1; q; k, v of tile n-2, ..., 0
 //   rows  [ 0 ][ 1 ][ 2 ][ 3 \             warpgroup:   S = Q K^T (both from shared memory), online softmax in base 2,
 //         [ 0 ][ 1 ][ 2 ][ 3 ][ 4 \                     P to bf16 in registers, O += P V (P from registers)
 //
+// Two teams (d <= 96; 112 registers a thread, 64 keys a stage): four warpgroups take turns on the tensor cores and the
+// exponentials. One team (d 128; 240 registers, 128 keys): the product with V runs beside the next tile's softmax.
 // Rows of a tile past the end of the sequence belong to the next one (or are zeros): the causal mask keeps them from
 // the others, and they are not stored. Keys that the mask hides still meet P = 0 in the product with V, so a
 // non-finite V reaches other rows of its tile.
 // Flops 4 d a visible pair, bytes 2 (q + out) + reads of k and v per 128 rows, mostly from L2.
+//
+// Measured (H100, bf16, causal; TFLOP/s of visible pairs): B32 T768 H8/4 D96 85 us 341, B64 T512 H8/2 D64 66 us 260,
+// B16 T2048 H8/4 D96 220 us 470, B16 T2048 H8/2 D64 181 us 380, B16 T1024 H16/8 D128 150 us 458, 24576 tokens of
+// sequences 20..600 H8/4 D96 62 us 243. With the last 400 / n_kv_head tiles of the list sorted by row (longest first)
+// B32 T768 takes 78 us, B64 T512 61, B16 T2048 D64 166: the last items then are short ones.
+// Lost: two blocks an SM without persistence (88 us at B32 T768, 76 at B64 T512: 4 us to start an item), 128 keys a
+// stage with two teams (spills), one team with d 96 (88 us); rescaling the outputs in every tile (4% slower).
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -36,29 +46,33 @@ struct FwdParams {
   int* counter;  // items taken beyond the blocks' first
 };
 
-constexpr int kThreads = 256;  // two warpgroups
-constexpr int kIssuer = 4;     // the warp that asks for copies
-
-template <int D, int kKeys, int kStages>
-struct FwdShared {
-  static constexpr int kQ = Tile<D>::bytes(kRows), kKv = Tile<D>::bytes(kKeys);
-  static constexpr int kK = kQ, kV = kK + kStages * kKv, kBars = kV + kStages * kKv;
-  static constexpr int kBytes = kBars + 8 * (1 + 4 * kStages) + 1024;  // 1024: the base is rounded up
-};
-
-// One tile of scores: new row maxima m, sums l, s becomes exp(scale (s - m)); rescale is what earlier sums and outputs
-// are multiplied by.
+// One tile of scores: s becomes exp(scale (s - m)) with m close to the row's largest score so far, l sums it up. m
+// follows the largest score only when that has grown by more than 2^8 in the exponentials (any m gives the same result,
+// large exponentials only have to stay finite): mostly nothing need be rescaled. True: earlier sums and outputs are to
+// be multiplied by rescale (l is already).
 template <int kKeys>
-__device__ inline void softmax_tile(float (&s)[kKeys / 2], float (&m)[2], float (&l)[2], float (&rescale)[2], float c) {
+__device__ inline bool softmax_tile(float (&s)[kKeys / 2], float (&m)[2], float (&l)[2], float (&rescale)[2], float c) {
+  float most[2];
 #pragma unroll
   for (int r = 0; r < 2; r++) {
-    float most = m[r];
+    most[r] = fmaxf(s[2 * r], s[2 * r + 1]);
 #pragma unroll
-    for (int i = 0; i < kKeys / 2; i += 4) most = fmaxf(most, fmaxf(s[i + 2 * r], s[i + 2 * r + 1]));
-    most = quad_max(most);
-    rescale[r] = exp2_fast((m[r] - most) * c);
-    m[r] = most;
-    const float shift = most * c;
+    for (int i = 4; i < kKeys / 2; i += 4) most[r] = fmaxf(most[r], fmaxf(s[i + 2 * r], s[i + 2 * r + 1]));
+    most[r] = quad_max(most[r]);
+  }
+  const bool grown = __any_sync(0xffffffffu, (most[0] - m[0]) * c > 8.0f || (most[1] - m[1]) * c > 8.0f);
+  if (grown) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      most[r] = fmaxf(most[r], m[r]);
+      rescale[r] = exp2_fast((m[r] - most[r]) * c);
+      m[r] = most[r];
+      l[r] *= rescale[r];
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    const float shift = m[r] * c;
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < kKeys / 2; i += 4) {
@@ -69,8 +83,9 @@ __device__ inline void softmax_tile(float (&s)[kKeys / 2], float (&m)[2], float 
         sum += x;
       }
     }
-    l[r] = l[r] * rescale[r] + sum;
+    l[r] += sum;
   }
+  return grown;
 }
 
 // Keys after the row become invisible: key0 is the tile's first key, row this thread's first row.
@@ -89,7 +104,7 @@ __device__ inline void rescale_rows(float (&o)[D / 2], const float (&f)[2]) {
   for (int i = 0; i < D / 2; i++) o[i] *= f[i / 2 % 2];
 }
 
-// Items: (tile, head), taken from a counter. Shared memory of a team: q of its two warpgroups, the rings of k and v,
+// Shared memory of a team: q of its two warpgroups, the rings of k and v,
 // mail.
 template <int D, int kKeys, int kStages, int kTeams>
 struct TeamShared {
@@ -100,8 +115,8 @@ struct TeamShared {
 
 template <class T, int D, int kKeys, int kStages, int kTeams, bool kOverlap>
 __global__ void __launch_bounds__(kTeams * 256 + 128, 1)
-    attention_team_kernel(const __grid_constant__ CUtensorMap map_q, const __grid_constant__ CUtensorMap map_k,
-                          const __grid_constant__ CUtensorMap map_v, const FwdParams p) {
+    attention_fwd_kernel(const __grid_constant__ CUtensorMap map_q, const __grid_constant__ CUtensorMap map_k,
+                         const __grid_constant__ CUtensorMap map_v, const FwdParams p) {
 #if defined(MM_SM90A)
   using L = TeamShared<D, kKeys, kStages, kTeams>;
   extern __shared__ uint8_t raw[];
@@ -132,7 +147,7 @@ __global__ void __launch_bounds__(kTeams * 256 + 128, 1)
     registers_decrease<24>();
     if (warp >= 9 * kTeams) return;
     const int n_items = uniform(*p.n_tiles) * p.n_head;
-    int item = static_cast<int>(blockIdx.x) * kTeams + team, use = 0, n = 0;
+    int item = static_cast<int>(blockIdx.x + team * gridDim.x), use = 0, n = 0;
     for (; item < n_items; n++) {
       int next = 0;
       if (lane == 0) next = kTeams * static_cast<int>(gridDim.x) + atomicAdd(p.counter, 1);
@@ -226,7 +241,7 @@ __global__ void __launch_bounds__(kTeams * 256 + 128, 1)
         if (at_use + 1 == end) mbarrier_arrive(q_empty + wg);
       }
       if (key0 + kKeys - 1 > group_row) mask_tile<kKeys>(s, key0, row);
-      softmax_tile<kKeys>(s, m, l, rescale, c);
+      return softmax_tile<kKeys>(s, m, l, rescale, c);
     };
     if constexpr (kOverlap) {
       scores(use);
@@ -237,14 +252,14 @@ __global__ void __launch_bounds__(kTeams * 256 + 128, 1)
         scores(use);
         values(use - 1);
         wgmma_wait<1>();
-        softmax(use);
+        const bool grown = softmax(use);
         wgmma_pin(s);
         const int old = use - 1;  // its V has been there long: the branch keeps ptxas from waiting before the softmax
         mbarrier_wait(v_full + old % kStages, old / kStages & 1);
         wgmma_wait<0>();
         wgmma_pin(o);
         if (lane == 0) mbarrier_arrive(v_empty + (use - 1) % kStages);
-        rescale_rows<D>(o, rescale);
+        if (grown) rescale_rows<D>(o, rescale);
         pack_operand<T, kKeys>(pa, s);
       }
       values(use - 1);
@@ -255,8 +270,7 @@ __global__ void __launch_bounds__(kTeams * 256 + 128, 1)
       for (; use < end; use++) {
         scores(use);
         wgmma_wait<0>();
-        softmax(use);
-        rescale_rows<D>(o, rescale);
+        if (softmax(use)) rescale_rows<D>(o, rescale);
         pack_operand<T, kKeys>(pa, s);
         values(use);
         wgmma_wait<0>();
@@ -280,14 +294,14 @@ __global__ void __launch_bounds__(kTeams * 256 + 128, 1)
 }
 
 template <class T, int D, int kKeys, int kStages, int kTeams, bool kOverlap>
-void launch_teams(const Context& ctx, DType t, const Attention& a) {
+void launch(const Context& ctx, DType t, const Attention& a) {
   using L = TeamShared<D, kKeys, kStages, kTeams>;
   FwdParams p{a.out,     a.lse,
               a.cu,      a.tiles,
               a.n_tiles, a.ldo,
               a.n_head,  a.n_head / a.n_kv_head,
               a.scale,   static_cast<int*>(ctx.scratch)};
-  const auto kernel = attention_team_kernel<T, D, kKeys, kStages, kTeams, kOverlap>;
+  const auto kernel = attention_fwd_kernel<T, D, kKeys, kStages, kTeams, kOverlap>;
   static const bool once = [&] {
     MM_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, L::kBytes));
     return true;
@@ -295,184 +309,9 @@ void launch_teams(const Context& ctx, DType t, const Attention& a) {
   (void)once;
   MM_CUDA_CHECK(cudaMemsetAsync(p.counter, 0, sizeof(int), ctx.stream));
   const int64_t items = a.max_tiles * a.n_head;
-  kernel<<<static_cast<unsigned>(std::min<int64_t>(ctx.n_sm, (items + kTeams - 1) / kTeams)), kTeams * 256 + 128,
-           L::kBytes, ctx.stream>>>(tile_map<D>(t, a.q, a.ldq, a.n_tok, a.n_head, 64),
-                                    tile_map<D>(t, a.k, a.ldk, a.n_tok, a.n_kv_head, kKeys),
-                                    tile_map<D>(t, a.v, a.ldv, a.n_tok, a.n_kv_head, kKeys), p);
-  MM_CUDA_LAUNCHED();
-}
-
-// kOverlap: the products of tile j with V run while the softmax of tile j - 1 is computed (needs registers for both).
-template <class T, int D, int kKeys, int kStages, int kBlocksPerSm, bool kOverlap>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    attention_fwd_kernel(const __grid_constant__ CUtensorMap map_q, const __grid_constant__ CUtensorMap map_k,
-                         const __grid_constant__ CUtensorMap map_v, const FwdParams p) {
-#if defined(MM_SM90A)
-  using L = FwdShared<D, kKeys, kStages>;
-  const int tile = static_cast<int>(blockIdx.x) / p.n_head, head = static_cast<int>(blockIdx.x) % p.n_head;
-  if (tile >= *p.n_tiles) return;
-  extern __shared__ uint8_t raw[];
-  uint8_t* const shared = align_1024(raw);
-  uint64_t* const q_full = reinterpret_cast<uint64_t*>(shared + L::kBars);
-  uint64_t *const k_full = q_full + 1, *const k_empty = k_full + kStages;
-  uint64_t *const v_full = k_empty + kStages, *const v_empty = v_full + kStages;
-  const int warp = uniform(static_cast<int>(threadIdx.x) / 32), lane = static_cast<int>(threadIdx.x) % 32;
-  if (threadIdx.x == 0) {
-    mbarrier_init(q_full, 1);
-    for (int s = 0; s < kStages; s++) {
-      mbarrier_init(k_full + s, 1);
-      mbarrier_init(v_full + s, 1);
-      mbarrier_init(k_empty + s, 8);
-      mbarrier_init(v_empty + s, 8);
-    }
-    mbarrier_init_fence();
-  }
-  const Place at = place_of(p.tiles, p.cu, tile);
-  const int n_key_tiles = (min(at.row + kRows, at.len) + kKeys - 1) / kKeys;
-  __syncthreads();
-
-  const int kv_head = head / p.group;
-  const auto load_k = [&](int i) {
-    const int st = i % kStages;
-    mbarrier_arrive_expect(k_full + st, L::kKv);
-    load_tile<D>(shared + L::kK + st * L::kKv, &map_k, k_full + st, at.start + (n_key_tiles - 1 - i) * kKeys, kv_head);
-  };
-  const auto load_v = [&](int i) {
-    const int st = i % kStages;
-    mbarrier_arrive_expect(v_full + st, L::kKv);
-    load_tile<D>(shared + L::kV + st * L::kKv, &map_v, v_full + st, at.start + (n_key_tiles - 1 - i) * kKeys, kv_head);
-  };
-  if (warp == kIssuer && lane == 0) {
-    mbarrier_arrive_expect(q_full, L::kQ);
-    load_tile<D>(shared, &map_q, q_full, at.start + at.row, head);
-    for (int i = 0; i < min(kStages, n_key_tiles); i++) load_k(i), load_v(i);
-  }
-  // At the start of step i: refills the stages of K that step i - 1 and of V that step i - 2 read.
-  const auto refill = [&](int i) {
-    if (warp != kIssuer) return;  // the whole warp waits, so that its control flow stays uniform
-    if (i >= 1 && i - 1 + kStages < n_key_tiles) {
-      mbarrier_wait(k_empty + (i - 1) % kStages, (i - 1) / kStages & 1);
-      if (lane == 0) load_k(i - 1 + kStages);
-    }
-    if (i >= 2 && i - 2 + kStages < n_key_tiles) {
-      mbarrier_wait(v_empty + (i - 2) % kStages, (i - 2) / kStages & 1);
-      if (lane == 0) load_v(i - 2 + kStages);
-    }
-  };
-
-  const int group_row = at.row + warp / 4 * 64;          // the warpgroup's first row
-  const int row = group_row + warp % 4 * 16 + lane / 4;  // this thread's rows are row, row + 8
-  const uint32_t q = smem_address(shared) + warp / 4 * 64 * Tile<D>::kSwizzle;
-  const uint32_t k0 = smem_address(shared + L::kK), v0 = smem_address(shared + L::kV);
-  const float c = p.scale * kLog2e;
-  // Key tiles that hold nothing visible for these rows (the warpgroup passes them on unread).
-  const int n_mine = group_row < at.len ? (min(group_row + 64, at.len) + kKeys - 1) / kKeys : 0;
-  int i = 0;
-  for (; i < n_key_tiles - n_mine; i++) {
-    const int s = i % kStages;
-    refill(i);
-    mbarrier_wait(k_full + s, i / kStages & 1);
-    if (lane == 0) mbarrier_arrive(k_empty + s);
-    mbarrier_wait(v_full + s, i / kStages & 1);
-    if (lane == 0) mbarrier_arrive(v_empty + s);
-  }
-  if (n_mine == 0) return;
-
-  float o[D / 2], s[kKeys / 2], m[2] = {-INFINITY, -INFINITY}, l[2] = {0.0f, 0.0f}, rescale[2];
-  uint32_t pa[kKeys / 4];
-#pragma unroll
-  for (int e = 0; e < D / 2; e++) o[e] = 0.0f;
-  mbarrier_wait(q_full, 0);
-
-  const auto scores = [&](int at_i) {  // issues S = Q K^T
-    const int stage = at_i % kStages;
-    mbarrier_wait(k_full + stage, at_i / kStages & 1);
-    wgmma_pin(s);
-    wgmma_fence();
-    product_abt<T, D, kKeys, kRows>(s, q, k0 + stage * L::kKv);
-    wgmma_commit();
-  };
-  const auto values = [&](int at_i) {  // issues O += P V
-    const int stage = at_i % kStages;
-    mbarrier_wait(v_full + stage, at_i / kStages & 1);
-    wgmma_pin(o);
-    wgmma_fence();
-    product_pb<T, D, kKeys>(o, pa, v0 + stage * L::kKv);
-    wgmma_commit();
-  };
-  const auto softmax = [&](int at_i) {
-    const int key0 = (n_key_tiles - 1 - at_i) * kKeys;
-    wgmma_pin(s);
-    if (lane == 0) mbarrier_arrive(k_empty + at_i % kStages);
-    if (key0 + kKeys - 1 > group_row) mask_tile<kKeys>(s, key0, row);
-    softmax_tile<kKeys>(s, m, l, rescale, c);
-  };
-
-  if constexpr (kOverlap) {
-    refill(i);
-    scores(i);
-    wgmma_wait<0>();
-    softmax(i);
-    pack_operand<T, kKeys>(pa, s);
-    for (i++; i < n_key_tiles; i++) {
-      refill(i);
-      scores(i);
-      values(i - 1);
-      wgmma_wait<1>();
-      softmax(i);
-      wgmma_pin(s);
-      mbarrier_wait(q_full, 0);  // done long ago: its branch keeps ptxas from waiting for V before the softmax
-      wgmma_wait<0>();
-      wgmma_pin(o);
-      if (lane == 0) mbarrier_arrive(v_empty + (i - 1) % kStages);
-      rescale_rows<D>(o, rescale);
-      pack_operand<T, kKeys>(pa, s);
-    }
-    values(i - 1);
-    wgmma_wait<0>();
-    wgmma_pin(o);
-  } else {
-    for (; i < n_key_tiles; i++) {
-      refill(i);
-      scores(i);
-      wgmma_wait<0>();
-      softmax(i);
-      rescale_rows<D>(o, rescale);
-      pack_operand<T, kKeys>(pa, s);
-      values(i);
-      wgmma_wait<0>();
-      wgmma_pin(o);
-      if (lane == 0) mbarrier_arrive(v_empty + i % kStages);
-    }
-  }
-
-  float inverse[2];
-#pragma unroll
-  for (int r = 0; r < 2; r++) {
-    const float sum = quad_sum(l[r]);
-    inverse[r] = 1.0f / sum;
-    if (p.lse != nullptr && lane % 4 == 0 && row + 8 * r < at.len)
-      p.lse[static_cast<int64_t>(at.start + row + 8 * r) * p.n_head + head] = m[r] * p.scale + logf(sum);
-  }
-  store_rows<T, D>(static_cast<T*>(p.out) + (at.start + row) * p.ldo + head * D, p.ldo, o, inverse, row < at.len,
-                   row + 8 < at.len);
-#endif
-}
-
-template <class T, int D, int kKeys, int kStages, int kBlocksPerSm, bool kOverlap>
-void launch(const Context& ctx, DType t, const Attention& a) {
-  using L = FwdShared<D, kKeys, kStages>;
-  const CUtensorMap q = tile_map<D>(t, a.q, a.ldq, a.n_tok, a.n_head, kRows);
-  const CUtensorMap k = tile_map<D>(t, a.k, a.ldk, a.n_tok, a.n_kv_head, kKeys);
-  const CUtensorMap v = tile_map<D>(t, a.v, a.ldv, a.n_tok, a.n_kv_head, kKeys);
-  const FwdParams p{a.out, a.lse, a.cu, a.tiles, a.n_tiles, a.ldo, a.n_head, a.n_head / a.n_kv_head, a.scale, nullptr};
-  const auto kernel = attention_fwd_kernel<T, D, kKeys, kStages, kBlocksPerSm, kOverlap>;
-  static const bool once = [&] {
-    MM_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, L::kBytes));
-    return true;
-  }();
-  (void)once;
-  kernel<<<static_cast<unsigned>(a.max_tiles * a.n_head), kThreads, L::kBytes, ctx.stream>>>(q, k, v, p);
+  kernel<<<static_cast<unsigned>(std::min<int64_t>(ctx.n_sm, items)), kTeams * 256 + 128, L::kBytes, ctx.stream>>>(
+      tile_map<D>(t, a.q, a.ldq, a.n_tok, a.n_head, 64), tile_map<D>(t, a.k, a.ldk, a.n_tok, a.n_kv_head, kKeys),
+      tile_map<D>(t, a.v, a.ldv, a.n_tok, a.n_kv_head, kKeys), p);
   MM_CUDA_LAUNCHED();
 }
 
@@ -489,12 +328,11 @@ bool hopper_attention_supported(const Context& ctx, DType t, const Attention& a)
 
 void hopper_attention_fwd(const Context& ctx, DType t, const Attention& a) {
   if (a.n_tok == 0 || a.max_tiles == 0) return;
-  using T = bf16;
   switch (a.d_head) {
-    case 32: return hopper::launch<T, 32, 64, 4, 2, true>(ctx, t, a);
-    case 64: return hopper::launch<T, 64, 64, 4, 2, true>(ctx, t, a);
-    case 96: return hopper::launch<T, 96, 64, 3, 2, true>(ctx, t, a);
-    default: return hopper::launch<T, 128, 128, 2, 1, true>(ctx, t, a);
+    case 32: return hopper::launch<bf16, 32, 64, 4, 2, true>(ctx, t, a);
+    case 64: return hopper::launch<bf16, 64, 64, 4, 2, true>(ctx, t, a);
+    case 96: return hopper::launch<bf16, 96, 64, 3, 2, false>(ctx, t, a);
+    default: return hopper::launch<bf16, 128, 128, 2, 1, true>(ctx, t, a);
   }
 }
 
