@@ -4,15 +4,17 @@
 // 64 x 32 of it by mma.sync m16n8k16. cp.async fills a ring of 4 stages, 16 KB each; elements beyond an expert's rows
 // or a matrix's edge are filled with zeros (never read: rows after the last expert's may hold anything).
 //
-//   K-major operand (fwd A, B; dgrad A):   128 tile rows of 32 k = 4 chunks of 16 bytes, chunk c of row r lies at
-//                                          c ^ (r / 2 % 4); fragments by ldmatrix
-//   MN-major operand (dgrad B; wgrad A, B): 32 tile rows (k) of 128 m or n = 16 chunks, chunk c of row r at c ^ (r %
-//   8);
-//                                          fragments by ldmatrix.trans
+//   K-major operand (fwd A, B; dgrad A): 128 tile rows of 32 k = 4 chunks of 16 bytes, chunk c of row r lies at
+//     c ^ (r / 2 % 4); fragments by ldmatrix
+//   MN-major operand (dgrad B; wgrad A, B): 32 tile rows (k) of 128 m or n = 16 chunks, chunk c of row r lies at
+//     c ^ (r % 8); fragments by ldmatrix.trans
 //
 // grid: x = tiles of columns, y = tiles of rows (fwd, dgrad: as many as the rows could need, a block finds its expert
 // from the offsets; wgrad: of each expert's matrix, z = expert). A wgrad tile sums over all rows of its expert, in
 // order.
+//
+// Measured on an H100, 24576 rows, 4 experts unevenly: 190 to 215 TFLOP/s fwd and dgrad, 245 to 283 wgrad (hopper_gemm:
+// 550 to 740).
 //
 // grouped_plain: 64 x 64 tiles, 4 x 4 sums a thread, any type, size and alignment.
 #include "kernels/cuda/device_math.cuh"

@@ -12,7 +12,8 @@
 // combine a thread 16 bytes of a row (forward), a warp a pair (backward, with the dot product for dweights).
 //
 // Bytes, n = 24576, E = 4, top 1, d = 768, bf16: route 0.2 + 0.6 MB; sort 0.4 MB; combine 113 MB forward (out twice,
-// y), 113 MB backward (dout, y, dy): 38 us each at 3 TB/s; the others are bound by launches.
+// y), 113 MB backward (dout, y, dy): 38 us each at 3 TB/s; the others are bound by launches. Measured on an H100: route
+// 5.2 us, sort 9, balance 9, route backward 5.5, combine 43 (2.63 TB/s) forward and backward.
 #include "kernels/cuda/device_math.cuh"
 
 namespace mm::cuda {
