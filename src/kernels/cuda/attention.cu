@@ -2,9 +2,9 @@
 //
 //   fp32, dropout, odd widths or rows that are not 16-byte aligned   -> attention_general.cu
 //   naive_attention asked for (forward, lengths known)               -> attention_naive.cu
-//   few queries a sequence against a cache of keys                   -> attention_decode.cu
-//   sm_90, where it supports the shape                               -> attention_hopper_*.cu
-//   else                                                             -> attention_mma_fwd.cu, attention_mma_bwd.cu
+//   few queries a sequence against a cache of keys                   -> attention_decode.cu (mixed: those sequences
+//   only) sm_90, where it supports the shape                               -> attention_hopper_*.cu else ->
+//   attention_mma_fwd.cu, attention_mma_bwd.cu
 #include <algorithm>
 
 #include "kernels/cuda/attention_hopper.h"
@@ -20,7 +20,8 @@ bool rows_aligned(DType t, std::initializer_list<int64_t> distances) {
   const int64_t per_16 = t == DType::f32 ? 4 : 8;
   return std::all_of(distances.begin(), distances.end(), [&](int64_t ld) { return ld % per_16 == 0; });
 }
-// What the kernels of 16-byte copies and fixed widths need. Padding by -inf and a maximum taken before scaling: scale > 0.
+// What the kernels of 16-byte copies and fixed widths need. Padding by -inf and a maximum taken before scaling: scale >
+// 0.
 bool plain(DType t, const Attention& a) {
   return supported_width(a.d_head) && a.dropout == 0.0f && a.scale > 0.0f && aligned({a.q, a.k, a.v, a.out}) &&
          rows_aligned(t, {a.ldq, a.ldk, a.ldv, a.ldo});
@@ -36,8 +37,13 @@ void attention_fwd(const Context& ctx, DType t, const Attention& a) {
   if (a.n_tok == 0 || a.n_seq == 0) return;
   if (!plain(t, a)) return general_attention_fwd(ctx, t, a);
   // With one query a sequence a tile of 128 rows would hold one; with more of them, reading the keys once for all pays.
-  if (a.kv_len != nullptr && a.n_tok <= a.n_seq + std::max<int64_t>(a.n_seq / 4, 7) && a.n_tok <= 65535) return decode_attention_fwd(ctx, t, a);
+  if (a.kv_len != nullptr && a.n_tok <= a.n_seq + std::max<int64_t>(a.n_seq / 4, 7) && a.n_tok <= 65535)
+    return decode_attention_fwd(ctx, t, a);
   if (!for_tensor_cores(t)) return general_attention_fwd(ctx, t, a);
+  if (a.kv_len != nullptr && a.n_seq >= 8 && a.n_seq <= 65535) {  // prompts beside decode steps: each its kernel
+    decode_attention_fwd(ctx, t, a, true);
+    return mma_attention_fwd(ctx, t, a, 2);
+  }
   if (ctx.naive_attention && naive_attention_supported(ctx, a)) return naive_attention_fwd(ctx, t, a);
   if (hopper_attention_supported(ctx, t, a)) return hopper_attention_fwd(ctx, t, a);
   mma_attention_fwd(ctx, t, a);

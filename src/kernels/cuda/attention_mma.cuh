@@ -84,6 +84,9 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 __device__ __forceinline__ void cp_async16(uint32_t dst, const void* src, bool valid) {  // zeros when not valid
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(valid ? 16 : 0));
 }
+__device__ __forceinline__ void cp_async16(uint32_t dst, const void* src) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst), "l"(src));
+}
 __device__ __forceinline__ void cp_async4(uint32_t dst, const void* src, bool valid) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(dst), "l"(src), "r"(valid ? 4 : 0));
 }
@@ -104,8 +107,9 @@ struct RowLayout {
   static __device__ __forceinline__ int key(int row) { return lanes == 8 ? row & 7 : (row >> 1) & 3; }
 };
 
-// Rows [0, n_valid) of src into a tile of kRows rows, zeros below them. By kThreads threads, tid < kThreads.
-template <int D, int kRows, int kThreads, class T>
+// Rows [0, n_valid) of src into a tile of kRows rows, zeros below them. By kThreads threads, tid < kThreads. Whole
+// tiles, nearly all of them (kWhole: surely), have a loop without questions: 4 % of forward at d 64.
+template <int D, int kRows, int kThreads, bool kWhole = false, class T>
 __device__ __forceinline__ void copy_rows_async(uint32_t dst, const T* src, int64_t ld, int n_valid, int tid) {
   using L = RowLayout<D>;
   constexpr int step = kThreads / L::lanes;
@@ -113,20 +117,33 @@ __device__ __forceinline__ void copy_rows_async(uint32_t dst, const T* src, int6
   const int row = tid / L::lanes, c = tid % L::lanes;
   const uint32_t to = dst + static_cast<uint32_t>(row * L::bytes + (c ^ L::key(row)) * 16);
   const T* from = src + row * ld + c * 8;
+  const bool whole = kWhole || n_valid >= kRows;
+  if (whole) {
 #pragma unroll
-  for (int r = 0; r < kRows; r += step) {
-    const bool valid = row + r < n_valid;
-    const T* row_from = valid ? from : src;
+    for (int r = 0; r < kRows; r += step) {
 #pragma unroll
-    for (int j = 0; j < D / 8; j += L::lanes)
-      cp_async16(to + static_cast<uint32_t>(r * L::bytes + j * 16), row_from + j * 8, valid);
-    from += step * ld;
+      for (int j = 0; j < D / 8; j += L::lanes)
+        cp_async16(to + static_cast<uint32_t>(r * L::bytes + j * 16), from + j * 8);
+      from += step * ld;
+    }
+  }
+  if constexpr (!kWhole) {
+    if (whole) return;
+#pragma unroll 1
+    for (int r = 0; r < kRows; r += step) {
+      const bool valid = row + r < n_valid;
+      const T* row_from = valid ? from : src;
+#pragma unroll
+      for (int j = 0; j < D / 8; j += L::lanes)
+        cp_async16(to + static_cast<uint32_t>(r * L::bytes + j * 16), row_from + j * 8, valid);
+      from += step * ld;
+    }
   }
 }
 
-// Where this lane's row of an ldmatrix.x4 lies. `rows` pattern: the four 8x8 matrices are (rows 0-7, chunk 0), (8-15, 0),
-// (0-7, 1), (8-15, 1): operand A from [m, k], or, transposed, operand B from [k, n]. `cols` pattern: (0-7, 0), (0-7, 1),
-// (8-15, 0), (8-15, 1): operand B from [n, k].
+// Where this lane's row of an ldmatrix.x4 lies. `rows` pattern: the four 8x8 matrices are (rows 0-7, chunk 0), (8-15,
+// 0), (0-7, 1), (8-15, 1): operand A from [m, k], or, transposed, operand B from [k, n]. `cols` pattern: (0-7, 0),
+// (0-7, 1), (8-15, 0), (8-15, 1): operand B from [n, k].
 enum class Pattern { rows, cols };
 template <int D>
 struct FragmentAddress {
@@ -158,7 +175,8 @@ __device__ __forceinline__ void ldmatrix_transposed(uint32_t (&r)[4], uint32_t a
 }
 
 // --- products -----------------------------------------------------------------------------------------------------
-// c [16, 8] += a [16, 16] b [16, 8]. Lane l holds rows l/4 (c[0], c[1]) and l/4 + 8 (c[2], c[3]), columns 2 (l%4) + {0, 1}.
+// c [16, 8] += a [16, 16] b [16, 8]. Lane l holds rows l/4 (c[0], c[1]) and l/4 + 8 (c[2], c[3]), columns 2 (l%4) + {0,
+// 1}.
 template <class T>
 __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   if constexpr (std::is_same_v<T, bf16>) {
@@ -200,7 +218,8 @@ struct RowOperand {
   __device__ __forceinline__ void get(uint32_t (&a)[MT][4], const FragmentAddress<D>& rows, int c) const {
 #pragma unroll
     for (int m = 0; m < MT; m++) {
-      if constexpr (kKeep) a[m][0] = kept[m][c][0], a[m][1] = kept[m][c][1], a[m][2] = kept[m][c][2], a[m][3] = kept[m][c][3];
+      if constexpr (kKeep)
+        a[m][0] = kept[m][c][0], a[m][1] = kept[m][c][1], a[m][2] = kept[m][c][2], a[m][3] = kept[m][c][3];
       else ldmatrix(a[m], address + rows.at(16 * m, c));
     }
   }

@@ -6,14 +6,22 @@
 //   2. dk = scale dS^T q, dv = P^T dout: a block is 128 keys of one key head, over the queries that see them, all heads
 //      of the group one after another.
 //
-//            queries ->                     The second works on transposed tiles, S^T = K Q^T: a warp owns rows that are
+//            queries ->                     The second works on transposed tiles, S^T = K Q^T: a warp owns rows that
+//            are
 //   keys [ \ # # # ]  \ masked             keys, P^T and dS^T go from accumulators to operands in registers, and
 //        [   \ # # ]  # whole              nothing but the operands themselves passes through shared memory.
 //
 // One kernel would save computing S and dP twice (10 d flops for each visible pair, here 14 d), but then dq is summed
-// across blocks: by atomics (not deterministic), in turns, or through one copy a key tile. The time of the reads of
-// fragments from shared memory bounds both: a warp keeps the operand that stays (q, dout or k, v) in registers where they
-// suffice.
+// across blocks: by atomics (not deterministic), in turns, or through one copy a key tile. Reads of fragments from
+// shared memory bound both: with 16 rows a warp 256 bytes a product (2 clocks, the product itself takes 1.6), with 32
+// rows half of that; so warps have 32 rows where the sums fit the registers (dk and dv of 32 x d: up to d 64).
+//
+// Measured on an H100 (bf16, causal; 10 d flops a pair; TFLOP/s; tiles in order of falling row, in brackets sequence by
+// sequence): B32 T768 H8/4 d96 181 (171), B64 T512 H8/2 d64 171 (138), B16 T2048 d96 232 (217), d64 236 (182), B16
+// T1024 d128 182 (157), B128 T512 d32 152 (139). In flops done, dq runs at 200 to 237 and dk, dv at 246 to 267. What
+// lost, dq: at d96 q kept in registers (209 against 237: spills), 8 warps (204); at d64 one head a block (170). dk, dv:
+// d64 with 16 keys a warp (239 against 265, or 163 with two such blocks an SM), d96 with 64 queries at a time (247
+// against 263) or 32 keys a warp (188); steps of 16 queries everywhere.
 #include "kernels/cuda/attention_mma.h"
 #include "kernels/cuda/attention_mma_dq.cuh"
 
@@ -29,8 +37,7 @@ struct KeyShape {
   static constexpr int D = D_, warps = kWarps_, block = kBlock_, step = kStep_, MT = tile_rows / (16 * warps);
   static constexpr bool keep_k = kKeepK_, keep_v = kKeepV_;
   static constexpr int threads = 32 * warps, per_sm = kBlocksPerSm_;
-  static constexpr int shared =
-      2 * D * (2 * tile_rows + 4 * block) + 2 * block * static_cast<int>(sizeof(Stats));
+  static constexpr int shared = 2 * D * (2 * tile_rows + 4 * block) + 2 * block * static_cast<int>(sizeof(Stats));
 };
 
 template <class C>
@@ -70,7 +77,8 @@ __global__ void __launch_bounds__(C::threads, C::per_sm)
     copy_rows_async<D, C::block, C::threads>(to + block_bytes, dout + first * b.lddout + head * D, b.lddout, left, tid);
     if (tid < C::block) {
       const Stats* from = head_stats + head * a.n_tok + first;
-      cp_async8(stats_shared + static_cast<uint32_t>(stage * C::block + tid) * 8, tid < left ? from + tid : stats, tid < left);
+      cp_async8(stats_shared + static_cast<uint32_t>(stage * C::block + tid) * 8, tid < left ? from + tid : stats,
+                tid < left);
     }
     cp_async_commit();
   };
@@ -160,8 +168,7 @@ __global__ void __launch_bounds__(C::threads, C::per_sm)
 template <class C>
 void launch_dq(const Context& ctx, const AttentionBwd& b, Stats* stats) {
   const auto kernel = attention_dq_kernel<C>;
-  static const cudaError_t once =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::shared);
+  static const cudaError_t once = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::shared);
   MM_CUDA_CHECK(once);
   const auto blocks = static_cast<unsigned>(tile_grid(b.fwd, tile_rows) * b.fwd.n_head);
   kernel<<<blocks, C::threads, C::shared, ctx.stream>>>(b, b.fwd.scale * log2_e, stats);
@@ -171,8 +178,7 @@ void launch_dq(const Context& ctx, const AttentionBwd& b, Stats* stats) {
 template <class C>
 void launch_dq_heads(const Context& ctx, const AttentionBwd& b, Stats* stats, int heads = 0) {
   const auto kernel = attention_dq_heads_kernel<C>;
-  static const cudaError_t once =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::shared);
+  static const cudaError_t once = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::shared);
   MM_CUDA_CHECK(once);
   const int64_t tiles = tile_grid(b.fwd, tile_rows);
   if (heads == 0) heads = heads_per_block(tiles, b.fwd.n_head, ctx.n_sm * C::per_sm);
@@ -184,8 +190,7 @@ void launch_dq_heads(const Context& ctx, const AttentionBwd& b, Stats* stats, in
 template <class C>
 void launch_dkv(const Context& ctx, const AttentionBwd& b, const Stats* stats) {
   const auto kernel = attention_dkv_kernel<C>;
-  static const cudaError_t once =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::shared);
+  static const cudaError_t once = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::shared);
   MM_CUDA_CHECK(once);
   const auto blocks = static_cast<unsigned>(tile_grid(b.fwd, tile_rows) * b.fwd.n_kv_head);
   kernel<<<blocks, C::threads, C::shared, ctx.stream>>>(b, b.fwd.scale * log2_e, stats);

@@ -1,7 +1,7 @@
-// dq of attention on tensor cores, see attention_mma_bwd.cu. Two kernels: one head a block, its q and dout read from shared
-// memory at each use (wide heads); or several heads a block one after another, q and dout in registers, so that the rows
-// of the next head come in while the last keys of this one are worked on (narrow heads, where the latencies of a start
-// would be a third of the time).
+// dq of attention on tensor cores, see attention_mma_bwd.cu. Two kernels: one head a block, its q and dout read from
+// shared memory at each use (wide heads); or several heads a block one after another, q and dout in registers, so that
+// the rows of the next head come in while the last keys of this one are worked on (narrow heads, where the latencies of
+// a start would be a third of the time).
 #pragma once
 
 #include "kernels/cuda/attention_mma.cuh"
@@ -200,7 +200,8 @@ __global__ void __launch_bounds__(C::threads, C::per_sm)
       copy_rows_async<D, tile_rows, C::threads>(base + 2 * tile_bytes, out, a.ldo, n_row, tid);
       for (int row = tid; row < tile_rows; row += C::threads) {
         const float* lse = a.lse + token * a.n_head + first_head + head;
-        cp_async4(base + lse_at + static_cast<uint32_t>(row) * 4, row < n_row ? lse + row * a.n_head : lse, row < n_row);
+        cp_async4(base + lse_at + static_cast<uint32_t>(row) * 4, row < n_row ? lse + row * a.n_head : lse,
+                  row < n_row);
       }
     }
     const uint32_t to = base + kv_at + static_cast<uint32_t>(stage) * 2 * block_bytes;

@@ -1,4 +1,5 @@
-// Attention forward on tensor cores (mma.sync): out = softmax(scale q k^T + causal mask) v, lse = log of its denominator.
+// Attention forward on tensor cores (mma.sync): out = softmax(scale q k^T + causal mask) v, lse = log of its
+// denominator.
 //
 // A block is 128 query rows of one head, 4 warps of 32 rows. Keys and values come in blocks of 64 rows through two
 // stages of shared memory (cp.async), the last visible ones first: the masked blocks come first, and the running
@@ -8,15 +9,23 @@
 //   rows    0 - 63   [ #\ ]                       warp 1: rows  32-63  1 is wholly masked for it when shift = 0 ...
 //   rows   64 - 127  [ ## ][ #\ ]                 a warp skips what none of its rows sees, in steps of 32 keys
 //
-// A warp computes S = Q K^T (32 x 64, fp32 in registers), P = 2^(S scale log2(e) - m), O += P V, P going from accumulator
-// to operand without leaving registers. 32 rows a warp, not 16: each fragment of K and V read from shared memory then
-// feeds two products, else shared memory (128 bytes a clock) would be the limit.
+// A warp computes S = Q K^T (32 x 64, fp32 in registers), P = 2^(S scale log2(e) - m), O += P V, P going from
+// accumulator to operand without leaving registers. 32 rows a warp, not 16: each fragment of K and V read from shared
+// memory then feeds two products, else shared memory (128 bytes a clock) would be the limit.
 //
-// m, the reference of the exponent, is the maximum of the first keys; it follows the true maximum only when a sum of P shows
-// that this has become much larger (fp32 sums and 16-bit P are as exact at 2^13 as at 1). So the usual step computes no
-// maximum at all: a fifth fewer instructions, and no shuffles to wait for. A step that finds m too low starts again.
+// m, the reference of the exponent, is the maximum of the first keys; it follows the true maximum only when a sum of P
+// shows that this has become much larger (fp32 sums and 16-bit P are as exact at 2^13 as at 1). So the usual step
+// computes no maximum at all: a fifth fewer instructions, and no shuffles to wait for. A step that finds m too low
+// starts again.
 //
 // Work: 4 d flops for each (query, visible key); memory: q, out once, k, v once a tile (from L2 mostly).
+//
+// Measured on an H100 (bf16, causal; TFLOP/s; tiles in order of falling row, in brackets sequence by sequence): B32
+// T768 H8/4 d96 237 (218), B64 T512 H8/2 d64 196 (184), B16 T2048 d96 315 (295), d64 307 (272), B16 T1024 d128 274
+// (243), B128 T512 d32 156 (150). The order matters because the grid's tail must not hold long tiles. What lost: 16
+// rows a warp and twice the warps (d64 174, d96 208); 3 blocks an SM at d96 (214); q in registers at d64 with 2 blocks
+// (182); steps of 64 keys at d64 and d128 (187, 245); a maximum in every step (d64 183, T2048 280); several heads a
+// block, the next one's q coming in meanwhile (the loop over heads alone made the code 14 % slower).
 #include "kernels/cuda/attention_mma.cuh"
 #include "kernels/cuda/attention_mma.h"
 
@@ -25,8 +34,8 @@ namespace mm::cuda {
 namespace {
 
 constexpr int key_block = 64;
-constexpr float slack = 8.0f;          // how far, in powers of two, the maximum may exceed the reference
-constexpr float sum_limit = 16384.0f;  // of a lane's P in one step: what the reference may miss without a look (f16 holds it)
+constexpr float slack = 8.0f;  // how far, in powers of two, the maximum may exceed the reference
+constexpr float sum_limit = 16384.0f;  // of a lane's P in one step, and so of P, which f16 must hold
 
 // MT: tiles of 16 rows a warp; kStep: keys at a time in registers; kKeepQ: q in registers, not read at each use.
 template <class T_, int D_, int MT_, int kStep_, bool kKeepQ_, int kBlocksPerSm_>
@@ -82,7 +91,8 @@ struct ForwardWarp {
     multiply_columns<T, D, MT, N>(o, s, v, rows);
   }
 
-  // With the reference as it is: P, and its sums, unless a sum says that the reference is too low (or there is none yet).
+  // With the reference as it is: P, and its sums, unless a sum says that the reference is too low (or there is none
+  // yet).
   template <int N>
   __device__ __forceinline__ bool try_softmax(float (&s)[MT][N / 8][4]) {
     float sum[n_row];
@@ -148,7 +158,7 @@ struct ForwardWarp {
 
 template <class C>
 __global__ void __launch_bounds__(C::threads, C::per_sm)
-    attention_fwd_kernel(const __grid_constant__ Attention a, float scale2) {
+    attention_fwd_kernel(const __grid_constant__ Attention a, float scale2, int least_queries) {
   using T = typename C::T;
   constexpr int D = C::D, MT = C::MT, warp_rows = C::warp_rows, n_thread = C::threads;
   const int head = static_cast<int>(blockIdx.x) % a.n_head;
@@ -156,7 +166,7 @@ __global__ void __launch_bounds__(C::threads, C::per_sm)
   if (tile.seq < 0) return;
   const Sequence seq(a, tile.seq);
   const int n_row = seq.q_len - tile.row;
-  if (n_row <= 0) return;
+  if (n_row <= 0 || seq.q_len < least_queries) return;
   const int tid = static_cast<int>(threadIdx.x), warp = tid / 32, lane = tid % 32;
   const int kv_head = head / (a.n_head / a.n_kv_head);
   const int n_key = min(seq.kv_len, tile.row + tile_rows + seq.shift);  // seen by some row
@@ -167,24 +177,25 @@ __global__ void __launch_bounds__(C::threads, C::per_sm)
   extern __shared__ __align__(128) unsigned char shared[];
   constexpr uint32_t stage_bytes = 2 * D * key_block;
   const uint32_t q_shared = shared_address(shared), kv_shared = q_shared + 2 * D * tile_rows;
-  const auto copy_block = [&](int i, int stage) {
+  const auto copy_block = [&]<bool kWhole>(int i, int stage) {
     const uint32_t to = kv_shared + static_cast<uint32_t>(stage) * 2 * stage_bytes;
     const int first = i * key_block;
-    copy_rows_async<D, key_block, n_thread>(to, k + first * a.ldk, a.ldk, seq.kv_len - first, tid);
-    copy_rows_async<D, key_block, n_thread>(to + stage_bytes, v + first * a.ldv, a.ldv, seq.kv_len - first, tid);
+    copy_rows_async<D, key_block, n_thread, kWhole>(to, k + first * a.ldk, a.ldk, seq.kv_len - first, tid);
+    copy_rows_async<D, key_block, n_thread, kWhole>(to + stage_bytes, v + first * a.ldv, a.ldv, seq.kv_len - first,
+                                                    tid);
     cp_async_commit();
   };
 
   int i = (n_key + key_block - 1) / key_block - 1, stage = 0;
   copy_rows_async<D, tile_rows, n_thread>(q_shared, q, a.ldq, n_row, tid);
-  if (i >= 0) copy_block(i, 0);
+  if (i >= 0) copy_block.template operator()<false>(i, 0);
   const int warp_row = warp * warp_rows, first_row = tile.row + warp_row;
   ForwardWarp<C> w(q_shared + static_cast<uint32_t>(warp_row * RowLayout<D>::bytes), scale2, lane);
   cp_async_wait<0>();
   __syncthreads();
   w.q.load(w.rows);
   while (i >= 0) {
-    if (i > 0) copy_block(i - 1, stage ^ 1);
+    if (i > 0) copy_block.template operator()<true>(i - 1, stage ^ 1);
     const int first = i * key_block, seen = min(n_key, first_row + warp_rows + seq.shift) - first;
     const uint32_t ks = kv_shared + static_cast<uint32_t>(stage) * 2 * stage_bytes, vs = ks + stage_bytes;
     const int first_hidden = first_row + seq.shift + 1 - first;
@@ -224,31 +235,31 @@ __global__ void __launch_bounds__(C::threads, C::per_sm)
 }
 
 template <class C>
-void launch(const Context& ctx, const Attention& a) {
+void launch(const Context& ctx, const Attention& a, int least_queries) {
   const auto kernel = attention_fwd_kernel<C>;
   static const cudaError_t once = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::shared);
   MM_CUDA_CHECK(once);
   const auto blocks = static_cast<unsigned>(tile_grid(a, tile_rows) * a.n_head);
-  kernel<<<blocks, C::threads, C::shared, ctx.stream>>>(a, a.scale * log2_e);
+  kernel<<<blocks, C::threads, C::shared, ctx.stream>>>(a, a.scale * log2_e, least_queries);
   MM_CUDA_LAUNCHED();
 }
 
 template <class T>
-void launch_for_width(const Context& ctx, const Attention& a) {
+void launch_for_width(const Context& ctx, const Attention& a, int least_queries) {
   switch (a.d_head) {
-    case 32: return launch<ForwardShape<T, 32, 2, 32, true, 4>>(ctx, a);
-    case 64: return launch<ForwardShape<T, 64, 2, 32, false, 3>>(ctx, a);
-    case 96: return launch<ForwardShape<T, 96, 2, 64, false, 2>>(ctx, a);
-    case 128: return launch<ForwardShape<T, 128, 2, 32, false, 2>>(ctx, a);
+    case 32: return launch<ForwardShape<T, 32, 2, 32, true, 4>>(ctx, a, least_queries);
+    case 64: return launch<ForwardShape<T, 64, 2, 32, false, 3>>(ctx, a, least_queries);
+    case 96: return launch<ForwardShape<T, 96, 2, 32, true, 2>>(ctx, a, least_queries);
+    case 128: return launch<ForwardShape<T, 128, 2, 32, false, 2>>(ctx, a, least_queries);
     default: fail("attention", "d_head is not 32, 64, 96 or 128", __FILE__, __LINE__);
   }
 }
 
 }  // namespace
 
-void mma_attention_fwd(const Context& ctx, DType t, const Attention& a) {
+void mma_attention_fwd(const Context& ctx, DType t, const Attention& a, int least_queries) {
   if (tile_grid(a, tile_rows) == 0) return;
-  t == DType::bf16 ? launch_for_width<bf16>(ctx, a) : launch_for_width<f16>(ctx, a);
+  t == DType::bf16 ? launch_for_width<bf16>(ctx, a, least_queries) : launch_for_width<f16>(ctx, a, least_queries);
 }
 
 }  // namespace mm::cuda
