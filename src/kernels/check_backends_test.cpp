@@ -1,6 +1,9 @@
 // The backends that the kernel tests loop over.
 #include "kernels/cases/check_op.h"
 #include "kernels/cpu/simd_tables.h"
+#ifdef MM_CUDA
+#include "kernels/cases/cuda_backend.h"
+#endif
 
 namespace mm {
 
@@ -9,6 +12,10 @@ const std::vector<cases::Backend>& cases::cpu_backends() {
     std::vector<Backend> v;
     for (const int threads : {1, 2, 3, 4})
       v.push_back({std::string("cpu/") + isa_name(selected_isa()), cpu_kernels(), threads});
+#ifdef MM_CUDA
+    if (const KernelTable* gpu = cuda_kernels(); gpu != nullptr)
+      v.push_back({.name = "cuda", .kernels = *gpu, .float_squares = true});
+#endif
     return v;
   }();
   return list;

@@ -113,11 +113,12 @@ struct Backend {
   std::string name;
   KernelTable kernels;
   int threads = 1;
+  bool float_squares = false;  // sum_sq squares in float: neither the range nor the digits of double
 };
 
-// What runs in a test program (kernels/check_backends_test.cpp): the CPU's drivers on 1 to 4 threads; and, first those,
-// then the row kernels of every instruction set that this machine has in place of the drivers of the same signature
-// (rmsnorm, swiglu, logprob, sum_sq).
+// What runs in a test program (kernels/check_backends_test.cpp): the CPU's drivers on 1 to 4 threads and, where there
+// is one, the GPU (cases/cuda_backend.h); and, first those, then the row kernels of every instruction set that this
+// machine has in place of the drivers of the same signature (rmsnorm, swiglu, logprob, sum_sq).
 const std::vector<Backend>& cpu_backends();
 const std::vector<Backend>& cpu_and_row_backends();
 
