@@ -309,7 +309,7 @@ bool with_lanes(int d_head, F&& f) {
 RopeShape shape(const NormRope& a) { return {a.cos, a.sin, a.positions, a.eps, a.n, a.n_head, a.n_kv_head, a.d_head}; }
 
 // Heads that a lane group has in flight, and blocks a multiprocessor.
-constexpr int kFwdHeads = 2, kFwdBlocksPerSm = 2, kBwdHeads = 2, kBwdBlocksPerSm = 2;
+constexpr int kFwdHeads = 2, kFwdBlocksPerSm = 3, kBwdHeads = 2, kBwdBlocksPerSm = 2;
 
 template <class T, int V = 8, int U = kFwdHeads, int kBlocks = kFwdBlocksPerSm>
 void fwd(const Context& ctx, const FwdArgs<T>& f, const RopeShape& s) {
