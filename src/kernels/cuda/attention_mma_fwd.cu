@@ -34,7 +34,7 @@ namespace mm::cuda {
 namespace {
 
 constexpr int key_block = 64;
-constexpr float slack = 8.0f;  // how far, in powers of two, the maximum may exceed the reference
+constexpr float slack = 8.0f;          // how far, in powers of two, the maximum may exceed the reference
 constexpr float sum_limit = 16384.0f;  // of a lane's P in one step, and so of P, which f16 must hold
 
 // MT: tiles of 16 rows a warp; kStep: keys at a time in registers; kKeepQ: q in registers, not read at each use.
