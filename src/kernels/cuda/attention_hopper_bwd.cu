@@ -14,13 +14,14 @@
 //   dq:   [ q, do: 128 rows ] stays      out, then k, v of 64 keys: ring      dq [64, d] a warpgroup in registers
 //   dkdv: [ k, v: 128 rows ]  stays      q, do, lse, delta of 64 rows: ring   dk, dv [64, d] a warpgroup in registers
 //
-// Measured (H100, bf16, causal; us of dq + dkdv, TFLOP/s counting 10 d a visible pair): B32 T768 H8/4 D96 113 + 137,
-// 292; B64 T512 H8/2 D64 87 + 111, 216; B16 T2048 H8/4 D96 271 + 376, 398; B16 T2048 H8/2 D64 226 + 370, 284;
-// B16 T1024 H16/8 D128 213 + 285, 350; 24576 tokens of sequences 20..600 H8/4 D96 94 + 92, 205. The tensor cores do up
-// to 575 TFLOP/s. With the last 400 / n_kv_head tiles of the list sorted by row B32 T768 takes 230 us instead of 248,
-// B64 T512 175 instead of 200, B16 T2048 D64 534 instead of 606.
-// Lost: one block an item (11% slower at B64 T512), 128 keys a stage in dq (same), fewer than four stages in dq (12%),
-// S of the next tile also before the exponentials in dkdv (ptxas runs out of registers and serialises the products).
+// Measured (H100, bf16, causal; us of dq and dkdv alone; of both, with TFLOP/s at 10 d a visible pair; 3% between
+// runs): B32 T768 H8/4 D96 114, 141; 250, 291. B64 T512 H8/2 D64 90, 118; 203, 213. B16 T2048 H8/4 D96 273, 405; 651,
+// 396. B16 T2048 H8/2 D64 233, 387; 614, 280. B16 T1024 H16/8 D128 215, 291; 501, 343. 24576 tokens of
+// sequences 20..600 H8/4 D96 98, 97; 187, 201. The tensor cores do up to 566 TFLOP/s (dq). With the last 400 /
+// n_kv_head tiles of the list sorted by row B32 T768 takes 225 us, B64 T512 176, B16 T2048 D64 527: the last items then
+// are short ones. Lost: one block an item (11% slower at B64 T512), 128 keys a stage in dq (same), fewer than four
+// stages in dq (12%), S of the next tile also before the exponentials in dkdv (ptxas runs out of registers and
+// serialises the products).
 #include <algorithm>
 
 #include "kernels/cuda/attention_hopper.h"

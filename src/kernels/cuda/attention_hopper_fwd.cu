@@ -17,10 +17,10 @@
 // non-finite V reaches other rows of its tile.
 // Flops 4 d a visible pair, bytes 2 (q + out) + reads of k and v per 128 rows, mostly from L2.
 //
-// Measured (H100, bf16, causal; TFLOP/s of visible pairs): B32 T768 H8/4 D96 85 us 341, B64 T512 H8/2 D64 66 us 260,
-// B16 T2048 H8/4 D96 220 us 470, B16 T2048 H8/2 D64 181 us 380, B16 T1024 H16/8 D128 150 us 458, 24576 tokens of
-// sequences 20..600 H8/4 D96 62 us 243. With the last 400 / n_kv_head tiles of the list sorted by row (longest first)
-// B32 T768 takes 78 us, B64 T512 61, B16 T2048 D64 166: the last items then are short ones.
+// Measured (H100, bf16, causal; TFLOP/s of visible pairs; 3% between runs): B32 T768 H8/4 D96 87 us 333,
+// B64 T512 H8/2 D64 69 us 250, B16 T2048 H8/4 D96 223 us 463, B16 T2048 H8/2 D64 184 us 373, B16 T1024 H16/8 D128
+// 151 us 456, 24576 tokens of sequences 20..600 H8/4 D96 64 us 234. With the last 400 / n_kv_head tiles of the list
+// sorted by row (longest first) B32 T768 takes 76 us, B64 T512 63, B16 T2048 D64 162: the last items then are short.
 // Lost: two blocks an SM without persistence (88 us at B32 T768, 76 at B64 T512: 4 us to start an item), 128 keys a
 // stage with two teams (spills), one team with d 96 (88 us); rescaling the outputs in every tile (4% slower).
 #include <algorithm>
