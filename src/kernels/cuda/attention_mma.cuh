@@ -107,17 +107,19 @@ struct RowLayout {
   static __device__ __forceinline__ int key(int row) { return lanes == 8 ? row & 7 : (row >> 1) & 3; }
 };
 
-// Rows [0, n_valid) of src into a tile of kRows rows, zeros below them. By kThreads threads, tid < kThreads. Whole
-// tiles, nearly all of them (kWhole: surely), have a loop without questions: 4 % of forward at d 64.
+// Rows [0, n_valid) of src into a tile of kRows rows, zeros below them. By kThreads threads, tid < kThreads. kWhole: no
+// row is missing; a loop without questions, 4 % of forward at d 64. Where that is not known, asking once a tile pays at
+// d 96 (2 % of dq) and costs elsewhere (4 % at d 128, by registers).
 template <int D, int kRows, int kThreads, bool kWhole = false, class T>
 __device__ __forceinline__ void copy_rows_async(uint32_t dst, const T* src, int64_t ld, int n_valid, int tid) {
   using L = RowLayout<D>;
   constexpr int step = kThreads / L::lanes;
   static_assert(kRows % step == 0 && step % 8 == 0);
+  constexpr bool ask_once = D == 96;
   const int row = tid / L::lanes, c = tid % L::lanes;
   const uint32_t to = dst + static_cast<uint32_t>(row * L::bytes + (c ^ L::key(row)) * 16);
   const T* from = src + row * ld + c * 8;
-  const bool whole = kWhole || n_valid >= kRows;
+  const bool whole = kWhole || (ask_once && n_valid >= kRows);
   if (whole) {
 #pragma unroll
     for (int r = 0; r < kRows; r += step) {
@@ -129,7 +131,7 @@ __device__ __forceinline__ void copy_rows_async(uint32_t dst, const T* src, int6
   }
   if constexpr (!kWhole) {
     if (whole) return;
-#pragma unroll 1
+#pragma unroll(ask_once ? 1 : kRows / step)
     for (int r = 0; r < kRows; r += step) {
       const bool valid = row + r < n_valid;
       const T* row_from = valid ? from : src;

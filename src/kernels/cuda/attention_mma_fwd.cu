@@ -21,8 +21,8 @@
 // Work: 4 d flops for each (query, visible key); memory: q, out once, k, v once a tile (from L2 mostly).
 //
 // Measured on an H100 (bf16, causal; TFLOP/s; tiles in order of falling row, in brackets sequence by sequence): B32
-// T768 H8/4 d96 237 (218), B64 T512 H8/2 d64 196 (184), B16 T2048 d96 315 (295), d64 307 (272), B16 T1024 d128 274
-// (243), B128 T512 d32 156 (150). The order matters because the grid's tail must not hold long tiles. What lost: 16
+// T768 H8/4 d96 237 (218), B64 T512 H8/2 d64 193 (183), B16 T2048 d96 315 (295), d64 307 (272), B16 T1024 d128 274
+// (243), B128 T512 d32 157 (150). The order matters because the grid's tail must not hold long tiles. What lost: 16
 // rows a warp and twice the warps (d64 174, d96 208); 3 blocks an SM at d96 (214); q in registers at d64 with 2 blocks
 // (182); steps of 64 keys at d64 and d128 (187, 245); a maximum in every step (d64 183, T2048 280); several heads a
 // block, the next one's q coming in meanwhile (the loop over heads alone made the code 14 % slower).
