@@ -22,6 +22,9 @@ SIDEWAYS = {}
 THIRD_PARTY = {
     "dnnl": ["kernels/"],
     "oneapi/dnnl": ["kernels/"],
+    "cuda": ["kernels/cuda/", "tensor/memory.cpp"],
+    "cublas": ["kernels/cuda/"],
+    "cub/": ["kernels/cuda/"],
     "CLI/": ["cli/"],
     "simdjson": ["data/"],
     "nlohmann/": ["base/json.h"],

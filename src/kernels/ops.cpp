@@ -214,6 +214,7 @@ static cuda::Attention on_gpu(const Attention& a) {
   r.tiles = a.tiles;
   r.n_tiles = a.n_tiles;
   r.max_tiles = a.max_tiles;
+  r.max_len = a.max_len;
   return r;
 }
 #endif

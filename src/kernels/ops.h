@@ -45,7 +45,7 @@ struct Attention {
   double pairs = 0, keys = 0;  // visible (query, key) pairs of one head and keys read, for the zone
   // GPU: the work list, see cuda_kernels.h
   const int32_t *tiles = nullptr, *n_tiles = nullptr;
-  int64_t max_tiles = 0;
+  int64_t max_tiles = 0, max_len = 0;  // max_len: of the longest sequence
   int n_head = 0, n_kv_head = 0, d_head = 0;
   float scale = 1.0f;
   float dropout = 0.0f;

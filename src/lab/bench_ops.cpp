@@ -195,6 +195,7 @@ void bench_attention(OpBench& b, int64_t n_seq, int64_t len, int n_head, int n_k
                          .tiles = s.tiles,
                          .n_tiles = s.n_tiles,
                          .max_tiles = s.max_tiles,
+                         .max_len = s.max_len,
                          .n_head = n_head,
                          .n_kv_head = n_kv_head,
                          .d_head = d_head,

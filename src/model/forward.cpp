@@ -49,6 +49,7 @@ ops::Attention attention_args(const ModelConfig& c, const StagedBatch& batch, co
           .tiles = batch.tiles,
           .n_tiles = batch.n_tiles,
           .max_tiles = batch.max_tiles,
+          .max_len = batch.max_len,
           .n_head = static_cast<int>(c.num_attention_heads),
           .n_kv_head = static_cast<int>(c.num_key_value_heads),
           .d_head = static_cast<int>(c.head_dim),

@@ -44,11 +44,13 @@ BatchStage::BatchStage(const Device& dev, int64_t max_tok) : max_tok_(max_tok) {
 const StagedBatch& BatchStage::stage(const Device& dev, const TokenBatch& b, const KvCache* cache,
                                      std::span<const float> g, float share, bool bucketed) {
   double pairs = 0, keys = 0;
+  int64_t max_len = 0;
   for (int64_t s = 0; s < b.n_seq(); s++) {
     const auto i = static_cast<size_t>(s);
     const double q = b.cu_seqlens[i + 1] - b.cu_seqlens[i], kv = cache != nullptr ? cache->plan().kv_len[i] : q;
     pairs += q * (kv - q) + q * (q + 1) / 2;
     keys += kv;
+    max_len = std::max(max_len, static_cast<int64_t>(q));
   }
   share_ = share;
   staged_ = {.ids = b.ids.data(),
@@ -65,6 +67,7 @@ const StagedBatch& BatchStage::stage(const Device& dev, const TokenBatch& b, con
   if (dev.on_gpu()) stage_on_gpu(dev, b, cache, g, share, bucketed);
   staged_.pairs = pairs;
   staged_.keys = keys;
+  staged_.max_len = max_len;
   return staged_;
 }
 

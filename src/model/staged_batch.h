@@ -20,7 +20,7 @@ struct StagedBatch {
   const int64_t* slots = nullptr;                                         // [n_tok] with a cache, as the next two
   const int32_t *kv_start = nullptr, *kv_len = nullptr;                   // [n_seq]
   const int32_t *tiles = nullptr, *n_tiles = nullptr;                     // GPU: attention's work list
-  int64_t n_tok = 0, n_seq = 0, max_tiles = 0;
+  int64_t n_tok = 0, n_seq = 0, max_tiles = 0, max_len = 0;
   double pairs = 0, keys = 0;  // see ops::Attention
 };
 

@@ -77,6 +77,8 @@ void* allocate(size_t bytes, Memory where) {
   }
   require(e, "allocation");
   require(cudaMemset(p, 0, bytes), "memset");
+  // The sessions' streams do not wait for the default one, on which the zeros are written.
+  if (where == Memory::cuda) require(cudaDeviceSynchronize(), "memset");
   if (where == Memory::cuda) g_device_bytes += bytes;
   return p;
 }

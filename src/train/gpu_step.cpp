@@ -104,7 +104,7 @@ void GpuStep::pass(const TokenBatch& b, const StepTotals& totals, Activations& a
   // Padding would take part in the balance loss: with experts only full passes are captured.
   const bool full = b.n_tok() == acts.max_tok();
   const bool graph = options_.graph && model_.config.dropout == 0 && dev_.profiler == nullptr &&
-                     (full || !model_.config.is_moe());
+                     (full || !model_.config.is_moe()) && !dev_.cuda->ctx.naive_attention;
   const StagedBatch& staged = acts.stage.stage(dev_, b, nullptr, g_, share, graph);
   if (!graph) {
     launches(acts, head, grads, key);

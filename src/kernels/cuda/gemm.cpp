@@ -83,7 +83,8 @@ cudaDataType_t data_type(DType t) {
 std::string key_of(const GemmShape& g) {
   return fmt::format("m{} n{} k{} lda{} ldb{} ldd{} ldc{} {}{} {} {} {}", g.m, g.n, g.k, g.lda, g.ldb, g.ldd, g.ldc,
                      g.trans_a ? 't' : 'n', g.trans_b ? 't' : 'n', g.add_c ? "add" : "set", dtype_name(g.in),
-                     dtype_name(g.out));
+                     dtype_name(g.out)) +
+         (g.aligned ? "" : " unaligned");
 }
 
 std::string hex_of(const cublasLtMatmulAlgo_t& algo) {
@@ -223,6 +224,11 @@ struct Gemm::Impl {
     require(lib.cublasLtMatmulPreferenceCreate(&pref), "preference", g);
     const size_t bytes = workspace;
     lib.cublasLtMatmulPreferenceSetAttribute(pref, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes, sizeof(bytes));
+    const uint32_t alignment = g.aligned ? 16 : static_cast<uint32_t>(std::min(dtype_size(g.in), dtype_size(g.out)));
+    for (const auto attribute :
+         {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+          CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
+      lib.cublasLtMatmulPreferenceSetAttribute(pref, attribute, &alignment, sizeof(alignment));
     // In-place sums of partial results would depend on who comes first.
     const uint32_t schemes = CUBLASLT_REDUCTION_SCHEME_NONE | CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
     lib.cublasLtMatmulPreferenceSetAttribute(pref, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &schemes,
@@ -346,8 +352,20 @@ Gemm::Gemm(const Context& ctx) : impl_(std::make_unique<Impl>(ctx)) {}
 Gemm::~Gemm() = default;
 size_t Gemm::workspace_bytes() { return workspace; }
 
-void Gemm::run(const GemmShape& g, void* d, const void* a, const void* b, const void* c) {
+void Gemm::run(GemmShape g, void* d, const void* a, const void* b, const void* c) {
   if (g.m == 0 || g.n == 0) return;
+  const auto in = static_cast<int64_t>(dtype_size(g.in)), out = static_cast<int64_t>(dtype_size(g.out));
+  if (g.k == 0) {  // an empty sum, which the library refuses
+    MM_CHECK(!g.add_c || c == d);
+    if (!g.add_c) {
+      MM_CUDA_CHECK(cudaMemset2DAsync(d, static_cast<size_t>(g.ldd * out), 0, static_cast<size_t>(g.n * out),
+                                      static_cast<size_t>(g.m), impl_->ctx.stream));
+    }
+    return;
+  }
+  const auto at = [](const void* p) { return static_cast<int64_t>(reinterpret_cast<uintptr_t>(p)); };
+  const int64_t bits = at(d) | at(a) | at(b) | (g.add_c ? at(c) | g.ldc * out : 0) | g.lda * in | g.ldb * in | g.ldd * out;
+  g.aligned = bits % 16 == 0;
   const Plan& p = impl_->plan(g, d, a, b, c);
   require(impl_->launch(g, p, p.algo, d, a, b, c), "product", g);
 }

@@ -14,6 +14,7 @@ namespace mm::cuda {
 struct GemmShape {
   int64_t m = 0, n = 0, k = 0, lda = 0, ldb = 0, ldd = 0, ldc = 0;
   bool trans_a = false, trans_b = false, add_c = false;
+  bool aligned = true;  // set by run(): addresses and rows are multiples of 16 bytes
   DType in = DType::bf16, out = DType::bf16;  // C is of type out
   auto operator<=>(const GemmShape&) const = default;
 };
@@ -23,7 +24,7 @@ class Gemm {
   explicit Gemm(const Context& ctx);
   ~Gemm();
   // d = a b (+ c; c may be d). Sums in fp32. An unseen shape outside of graph capture is timed first.
-  void run(const GemmShape& shape, void* d, const void* a, const void* b, const void* c);
+  void run(GemmShape shape, void* d, const void* a, const void* b, const void* c);
   static size_t workspace_bytes();
 
  private:
