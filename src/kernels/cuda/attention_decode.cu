@@ -284,6 +284,7 @@ __global__ void __launch_bounds__(n_thread, sizeof(T) == 2 && kHeads * Spread<T,
   if (part != nullptr) return;
   cluster_arrive();
   cluster_wait();
+  __syncthreads();  // the same where there are no clusters and the block is alone
   for (int j = tid; j < slice; j += n_thread) {
     const int i = split * slice + j, h = i / D, c = i % D;
     float top = minus_infinity(), sum = 0.0f, x = 0.0f;
@@ -345,6 +346,11 @@ void launch(const Context& ctx, const Attention& a, bool by_sequence) {
     config.attrs = &cluster;
     config.numAttrs = n_split > 1 ? 1 : 0;
     MM_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, a, scale2, n_split, by_sequence, static_cast<float*>(nullptr)));
+    return;
+  }
+  if (n_split == 1) {
+    kernel<<<grid, n_thread, shared, ctx.stream>>>(a, scale2, 1, by_sequence, static_cast<float*>(nullptr));
+    MM_CUDA_LAUNCHED();
     return;
   }
   auto* part = Scratch(ctx).take<float>(static_cast<size_t>(rows) * static_cast<size_t>(a.n_head * n_split * (D + 2)));
