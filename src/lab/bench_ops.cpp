@@ -178,7 +178,7 @@ void bench_attention(OpBench& b, int64_t n_seq, int64_t len, int n_head, int n_k
     }
     batch.cu_seqlens.push_back(static_cast<int32_t>(batch.n_tok()));
   }
-  BatchStage stage(dev, batch.n_tok());
+  BatchStage stage(dev, batch.n_tok(), n_kv_head);
   const StagedBatch& s = stage.stage(dev, batch, nullptr);
   const int64_t n = s.n_tok, qw = int64_t{n_head} * d_head, kw = int64_t{n_kv_head} * d_head;
   const View qkv = b.act({n, qw + 2 * kw}), out = b.act({n, qw}), dout = b.act({n, qw}), dqkv = b.act({n, qw + 2 * kw});

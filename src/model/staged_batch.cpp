@@ -33,7 +33,8 @@ BatchStage::Layout BatchStage::layout(int64_t max_tok) {
   return l;
 }
 
-BatchStage::BatchStage(const Device& dev, int64_t max_tok) : max_tok_(max_tok) {
+BatchStage::BatchStage(const Device& dev, int64_t max_tok, int64_t n_kv_head)
+    : max_tok_(max_tok), n_kv_head_(n_kv_head) {
   if (!dev.on_gpu() || max_tok == 0) return;
   const size_t bytes = layout(max_tok).end;
   gpu_ = Buffer(bytes, Memory::cuda);
@@ -111,6 +112,15 @@ void BatchStage::stage_on_gpu(const Device& dev, const TokenBatch& b, const KvCa
       tiles[2 * n_tiles + 1] = static_cast<int32_t>(row);
     }
   }
+  // Blocks take tiles in turn, for every kv head. A long tile among the last would leave the others waiting, so the last
+  // 400 items go by length alone, where the first keep a sequence's keys in the cache (B32 T768 H8/4 d96: forward 76 us
+  // instead of 87, backward 225 instead of 250).
+  struct Tile {
+    int32_t seq, row;
+  };
+  auto* const tile = reinterpret_cast<Tile*>(tiles);
+  const auto tail = std::min<int64_t>(n_tiles, 400 / n_kv_head_);
+  std::stable_sort(tile + n_tiles - tail, tile + n_tiles, [](const Tile& x, const Tile& y) { return x.row > y.row; });
   put(l.n_tiles, &n_tiles, sizeof(n_tiles));
   int64_t max_tiles = n_tiles;
   if (bucketed) {

@@ -29,7 +29,8 @@ class BatchStage {
   static constexpr int64_t tile_rows = 128;
 
   BatchStage() = default;
-  BatchStage(const Device& dev, int64_t max_tok);
+  // n_kv_head shapes the end of attention's work list.
+  BatchStage(const Device& dev, int64_t max_tok, int64_t n_kv_head);
   // The batch must outlive the use of the result on the CPU. g (may be empty): dL/dlogp of every token; share: this
   // micro-batch's part of the step, scales the balance loss. bucketed (GPU, no cache): tokens and work list are padded
   // to a few sizes with sequences that nothing looks at, so that few graphs serve all batches.
@@ -46,7 +47,7 @@ class BatchStage {
   };
   static Layout layout(int64_t max_tok);
   StagedBatch staged_;
-  int64_t max_tok_ = 0;
+  int64_t max_tok_ = 0, n_kv_head_ = 1;
   float share_ = 1.0f;
   Buffer gpu_;
   // Blocks filled in turn: the copy of one may be under way while the next is written.

@@ -115,7 +115,8 @@ struct Attention {
   const int32_t* kv_len = nullptr;
   int64_t n_seq = 0, n_tok = 0;
   // Tiles of 128 query rows: tiles[i] = {sequence, first row within the sequence}, n_tiles of them on the device, at
-  // most max_tiles (the grid; blocks past *n_tiles leave). Longest sequences first, within one later rows first.
+  // most max_tiles (the grid; blocks past *n_tiles leave). Any order is right; a good one keeps the tiles of a
+  // sequence together and has no long ones at its end (staged_batch.cpp).
   const int32_t* tiles = nullptr;  // [max_tiles, 2]
   const int32_t* n_tiles = nullptr;
   int64_t max_tiles = 0;
