@@ -271,6 +271,29 @@ void linear_swiglu_fwd(const Device& dev, View gate_up, View act, View x, View w
   swiglu_fwd(dev, act, gate_up);
 }
 
+void linear_swiglu_bwd(const Device& dev, View dgate_up, View act, View dact, View dy, View w, View gate_up) {
+#ifdef MM_CUDA
+  if (dev.kind == DeviceKind::cuda && dy.dtype == DType::bf16) {
+    const int64_t m = dy.rows(), k = dy.cols(), n = w.cols();
+    const cuda::HopperGemm g{.layout = cuda::GemmLayout::dgrad, .epilogue = cuda::GemmEpilogue::swiglu_bwd,
+                             .a = dy.data, .b = w.data, .out = dgate_up.data, .m = m, .n = n, .k = k, .lda = dy.ld,
+                             .ldb = w.ld, .ldo = dgate_up.ld, .residual = gate_up.data, .ldr = gate_up.ld,
+                             .act = act.data};
+    if (m >= 1024 && cuda::hopper_gemm_fits(gpu(dev), g)) {
+      check_dense(gate_up, m, 2 * n, "gate_up");
+      check_dense(dgate_up, m, 2 * n, "dgate_up");
+      check_dense(act, m, n, "act");
+      const Zone zone(dev.profiler, "linear_swiglu_bwd", moved({dgate_up, gate_up, act, dy, w}),
+                      2.0 * static_cast<double>(m * n * k));
+      cuda::hopper_gemm(gpu(dev), g);
+      return;
+    }
+  }
+#endif
+  linear_bwd(dev, dact, View(), dy, View(), w);
+  swiglu_bwd(dev, dgate_up, act, dact, gate_up);
+}
+
 void swiglu_bwd(const Device& dev, View dgate_up, View act, View dact, View gate_up) {
   check_dense(dact, dact.rows(), dact.cols(), "dact");
   check_dense(act, dact.rows(), dact.cols(), "act");

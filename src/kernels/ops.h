@@ -57,6 +57,9 @@ void attention_bwd(const Device& dev, const Attention& fwd, View dout, View dq, 
 void swiglu_fwd(const Device& dev, View act, View gate_up);                  // act [n, f], gate_up [n, 2 f]
 // gate_up = x w^T and act from it; on a Hopper GPU in one kernel
 void linear_swiglu_fwd(const Device& dev, View gate_up, View act, View x, View w);
+// Backward through y = act w^T and act = swiglu(gate_up): dgate_up from dy, act computed again on the way. dact: scratch
+// [n, f], left alone where a Hopper GPU does it in one kernel. dgate_up may be gate_up itself.
+void linear_swiglu_bwd(const Device& dev, View dgate_up, View act, View dact, View dy, View w, View gate_up);
 // dgate_up may be gate_up itself; act is computed again on the way
 void swiglu_bwd(const Device& dev, View dgate_up, View act, View dact, View gate_up);
 

@@ -112,7 +112,8 @@ void bench_norm(OpBench& b, int64_t n, int64_t d) {
 void bench_ffn(OpBench& b, int64_t n, int64_t d, int64_t f) {
   const Device& dev = b.device();
   const View gate_up = b.act({n, 2 * f}), act = b.act({n, f}), dact = b.act({n, f}), dgate_up = b.act({n, 2 * f});
-  const View x = b.act({n, d}), w = b.act({2 * f, d}, 0.02f);
+  const View x = b.act({n, d}), w = b.act({2 * f, d}, 0.02f), down = b.act({d, f}, 0.02f),
+             dy = b.act({n, d});
   const std::string shape = fmt::format("{}x{}x2*{}", n, d, f);
   const double bytes = static_cast<double>(act.bytes()), flops = static_cast<double>(n * f),
                product = 2.0 * static_cast<double>(n * d * f);
@@ -121,6 +122,8 @@ void bench_ffn(OpBench& b, int64_t n, int64_t d, int64_t f) {
          [&] { ops::swiglu_bwd(dev, dgate_up, act, dact, gate_up); });
   b.time("linear_swiglu_fwd", shape, 3 * bytes + static_cast<double>(x.bytes()), 2 * product,
          [&] { ops::linear_swiglu_fwd(dev, gate_up, act, x, w); });
+  b.time("linear_swiglu_bwd", shape, 5 * bytes + static_cast<double>(dy.bytes()), product,
+         [&] { ops::linear_swiglu_bwd(dev, dgate_up, act, dact, dy, down, gate_up); });
   b.drop_tensors();
 }
 

@@ -123,8 +123,7 @@ void ffn_backward(const Device& dev, const ModelConfig& c, const LayerViews& w, 
     moe_backward(dev, c, w, g, a, acts);
   } else {
     if (acts.recompute() == Recompute::ffn) ops::linear_fwd(dev, a.gate_up, a.h_mid, w.gate_up);
-    ops::linear_bwd(dev, acts.dact, View(), acts.dres, View(), w.down);
-    ops::swiglu_bwd(dev, a.gate_up, a.act, acts.dact, a.gate_up);  // gate_up becomes its gradient
+    ops::linear_swiglu_bwd(dev, a.gate_up, a.act, acts.dact, acts.dres, w.down, a.gate_up);  // becomes its gradient
     ops::linear_bwd(dev, View(), g.down, acts.dres, a.act, w.down);
     ops::linear_bwd(dev, acts.dh, g.gate_up, a.gate_up, a.h_mid, w.gate_up);
   }

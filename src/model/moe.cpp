@@ -41,8 +41,7 @@ void moe_backward(const Device& dev, const ModelConfig& c, const LayerViews& w, 
   ops::scatter_add(dev, acts.dh, acts.dexpert, a.slot.as<int32_t>(), static_cast<int>(a.weights.cols()));
   const View act = a.act.row_slice(0, acts.dres.rows()), dact = acts.dact.row_slice(0, acts.dres.rows());
   for (size_t e = 0; e < w.shared_down.size(); e++) {
-    ops::linear_bwd(dev, dact, View(), acts.dres, View(), w.shared_down[e]);
-    ops::swiglu_bwd(dev, a.shared_gate_up[e], act, dact, a.shared_gate_up[e]);
+    ops::linear_swiglu_bwd(dev, a.shared_gate_up[e], act, dact, acts.dres, w.shared_down[e], a.shared_gate_up[e]);
     ops::linear_bwd(dev, View(), g.shared_down[e], acts.dres, act, w.shared_down[e]);
     ops::linear_bwd(dev, acts.dh, g.shared_gate_up[e], a.shared_gate_up[e], a.h_mid, w.shared_gate_up[e], true);
   }
