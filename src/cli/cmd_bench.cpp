@@ -81,8 +81,8 @@ void add_bench_command(CLI::App& app, Globals& globals) {
     const auto num = [](const ordered_json& j, const char* key) { return j[key].get<double>(); };
     print_line(fmt::format("{}, {}: {:.1f} TFLOP/s, {:.0f} GB/s measured", r["processor"].get<std::string>(),
                            r["dtype"].get<std::string>(), num(r, "peak_flops") / 1e12, num(r, "bandwidth") / 1e9));
-    print_line(fmt::format("{:<30}{:<22}{:>10}{:>10}{:>7}{:>9}{:>7}", "op", "shape", "us", "GFLOP/s", "peak", "GB/s",
-                           "copy"));
+    print_line(
+        fmt::format("{:<30}{:<22}{:>10}{:>10}{:>7}{:>9}{:>7}", "op", "shape", "us", "GFLOP/s", "peak", "GB/s", "copy"));
     for (const ordered_json& j : r["ops"]) {
       print_line(fmt::format("{:<30}{:<22}{:>10.1f}{:>10.0f}{:>6.0f}%{:>9.0f}{:>6.0f}%", j["op"].get<std::string>(),
                              j["shape"].get<std::string>(), num(j, "us"), num(j, "gflops"),

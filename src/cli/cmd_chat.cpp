@@ -208,11 +208,10 @@ void add_chat_command(CLI::App& app, Globals& globals) {
     const auto model = Model::load(flags->model);
     const Tokenizer tokenizer = Tokenizer::load(flags->model);
     const int64_t limit = model->config.max_position_embeddings;
-    Generator generator(
-        *model, tokenizer,
-        {.context = flags->context > 0 ? flags->context : std::min<int64_t>(limit, 8192),
-         .reuse_prefix = true,
-         .device = open.device});
+    Generator generator(*model, tokenizer,
+                        {.context = flags->context > 0 ? flags->context : std::min<int64_t>(limit, 8192),
+                         .reuse_prefix = true,
+                         .device = open.device});
     Chat chat(globals, *flags, generator, tokenizer);
     if (!chat.run()) throw CLI::RuntimeError(2);
   });

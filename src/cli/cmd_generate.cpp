@@ -86,10 +86,11 @@ static void generate(const GenerateFlags& f, const Globals& globals) {
                 fmt::format("{}", n_prompt), "shorten it");
   }
   const int64_t context = std::min(limit, std::max<int64_t>(n_prompt, 1) + std::min(limit, request.max_new_tokens));
-  Generator generator(
-      *model, tokenizer,
-      {.max_sequences = std::min<int64_t>(f.samples, 32), .context = context, .prefill_chunk = f.prefill_chunk,
-       .device = open.device});
+  Generator generator(*model, tokenizer,
+                      {.max_sequences = std::min<int64_t>(f.samples, 32),
+                       .context = context,
+                       .prefill_chunk = f.prefill_chunk,
+                       .device = open.device});
   const bool stream = !globals.json && f.samples == 1;
   const double start = now_seconds();
   const auto results = generator.run(requests, [&](size_t, int32_t, std::string_view text) {

@@ -55,7 +55,7 @@ struct Generator::Impl {
   std::vector<TokenLogprob> top;
   std::vector<std::vector<int32_t>> held;  // [slot] ids whose keys and values may be reused
   std::vector<Sequence> active;
-  GraphCache graphs;                       // GPU: decode steps by number of sequences
+  GraphCache graphs;                 // GPU: decode steps by number of sequences
   std::vector<int32_t> rows;         // of the batch, whose logits are wanted
   std::vector<Sequence*> row_owner;  // [rows]
 

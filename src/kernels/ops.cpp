@@ -22,10 +22,10 @@ static const KernelTable& kernels(const Device& dev) {
 // ON_CUDA(call): on a GPU the op is that call of namespace cuda.
 #ifdef MM_CUDA
 static const cuda::Context& gpu(const Device& dev) { return dev.cuda->ctx; }
-#define ON_CUDA(call)                   \
-  if (dev.kind == DeviceKind::cuda) {   \
-    cuda::call;                         \
-    return;                             \
+#define ON_CUDA(call)                 \
+  if (dev.kind == DeviceKind::cuda) { \
+    cuda::call;                       \
+    return;                           \
   }
 #else
 #define ON_CUDA(call)
@@ -58,8 +58,17 @@ void linear_fwd(const Device& dev, View y, View x, View w, View residual) {
   if (residual) check_2d(residual, m, n, "residual");
 #ifdef MM_CUDA
   if (dev.kind == DeviceKind::cuda) {
-    dev.cuda->gemm().run({.m = m, .n = n, .k = k, .lda = x.ld, .ldb = w.ld, .ldd = y.ld, .ldc = residual.ld,
-                          .trans_b = true, .add_c = static_cast<bool>(residual), .in = x.dtype, .out = y.dtype},
+    dev.cuda->gemm().run({.m = m,
+                          .n = n,
+                          .k = k,
+                          .lda = x.ld,
+                          .ldb = w.ld,
+                          .ldd = y.ld,
+                          .ldc = residual.ld,
+                          .trans_b = true,
+                          .add_c = static_cast<bool>(residual),
+                          .in = x.dtype,
+                          .out = y.dtype},
                          y.data, x.data, w.data, residual.data);
     return;
   }
@@ -81,13 +90,30 @@ void linear_bwd(const Device& dev, View dx, View dw, View dy, View x, View w, bo
   if (dev.kind == DeviceKind::cuda) {
     cuda::Gemm& gemm = dev.cuda->gemm();
     if (dx) {
-      gemm.run({.m = m, .n = k, .k = n, .lda = dy.ld, .ldb = w.ld, .ldd = dx.ld, .ldc = accumulate_dx ? dx.ld : 0,
-                .add_c = accumulate_dx, .in = dy.dtype, .out = dx.dtype},
+      gemm.run({.m = m,
+                .n = k,
+                .k = n,
+                .lda = dy.ld,
+                .ldb = w.ld,
+                .ldd = dx.ld,
+                .ldc = accumulate_dx ? dx.ld : 0,
+                .add_c = accumulate_dx,
+                .in = dy.dtype,
+                .out = dx.dtype},
                dx.data, dy.data, w.data, dx.data);
     }
     if (dw) {
-      gemm.run({.m = n, .n = k, .k = m, .lda = dy.ld, .ldb = x.ld, .ldd = dw.ld, .ldc = dw.ld, .trans_a = true,
-                .add_c = true, .in = dy.dtype, .out = dw.dtype},
+      gemm.run({.m = n,
+                .n = k,
+                .k = m,
+                .lda = dy.ld,
+                .ldb = x.ld,
+                .ldd = dw.ld,
+                .ldc = dw.ld,
+                .trans_a = true,
+                .add_c = true,
+                .in = dy.dtype,
+                .out = dw.dtype},
                dw.data, dy.data, x.data, dw.data);
     }
     return;
@@ -235,10 +261,24 @@ void attention_bwd(const Device& dev, const Attention& a, View dout, View dq, Vi
   const Zone zone(dev.profiler, "attention_bwd", size * dh * n * (4 * a.n_head + 4 * a.n_kv_head),
                   10 * a.pairs * a.n_head * dh);
   ON_CUDA(attention_bwd(gpu(dev), a.q.dtype,
-                        {.fwd = on_gpu(a), .dout = dout.data, .dq = dq.data, .dk = dk.data, .dv = dv.data,
-                         .lddout = dout.ld, .lddq = dq.ld, .lddk = dk.ld, .lddv = dv.ld}))
-  kernels(dev).attention_bwd({.fwd = raw<AttentionArgs>(a), .dout = dout.f32(), .dq = dq.f32(), .dk = dk.f32(),
-                              .dv = dv.f32(), .lddout = dout.ld, .lddq = dq.ld, .lddk = dk.ld, .lddv = dv.ld});
+                        {.fwd = on_gpu(a),
+                         .dout = dout.data,
+                         .dq = dq.data,
+                         .dk = dk.data,
+                         .dv = dv.data,
+                         .lddout = dout.ld,
+                         .lddq = dq.ld,
+                         .lddk = dk.ld,
+                         .lddv = dv.ld}))
+  kernels(dev).attention_bwd({.fwd = raw<AttentionArgs>(a),
+                              .dout = dout.f32(),
+                              .dq = dq.f32(),
+                              .dk = dk.f32(),
+                              .dv = dv.f32(),
+                              .lddout = dout.ld,
+                              .lddq = dq.ld,
+                              .lddk = dk.ld,
+                              .lddv = dv.ld});
 }
 
 void swiglu_fwd(const Device& dev, View act, View gate_up) {
@@ -253,9 +293,18 @@ void linear_swiglu_fwd(const Device& dev, View gate_up, View act, View x, View w
 #ifdef MM_CUDA
   if (dev.kind == DeviceKind::cuda && x.dtype == DType::bf16) {
     const int64_t m = x.rows(), k = x.cols(), n = w.rows();
-    const cuda::HopperGemm g{.layout = cuda::GemmLayout::fwd, .epilogue = cuda::GemmEpilogue::swiglu, .a = x.data,
-                             .b = w.data, .out = gate_up.data, .m = m, .n = n, .k = k, .lda = x.ld, .ldb = w.ld,
-                             .ldo = gate_up.ld, .act = act.data};
+    const cuda::HopperGemm g{.layout = cuda::GemmLayout::fwd,
+                             .epilogue = cuda::GemmEpilogue::swiglu,
+                             .a = x.data,
+                             .b = w.data,
+                             .out = gate_up.data,
+                             .m = m,
+                             .n = n,
+                             .k = k,
+                             .lda = x.ld,
+                             .ldb = w.ld,
+                             .ldo = gate_up.ld,
+                             .act = act.data};
     // Few rows leave most of the machine idle either way; then the tuned product is the better half of it.
     if (m >= 1024 && cuda::hopper_gemm_fits(gpu(dev), g)) {
       check_dense(gate_up, m, n, "gate_up");
@@ -275,9 +324,19 @@ void linear_swiglu_bwd(const Device& dev, View dgate_up, View act, View dact, Vi
 #ifdef MM_CUDA
   if (dev.kind == DeviceKind::cuda && dy.dtype == DType::bf16) {
     const int64_t m = dy.rows(), k = dy.cols(), n = w.cols();
-    const cuda::HopperGemm g{.layout = cuda::GemmLayout::dgrad, .epilogue = cuda::GemmEpilogue::swiglu_bwd,
-                             .a = dy.data, .b = w.data, .out = dgate_up.data, .m = m, .n = n, .k = k, .lda = dy.ld,
-                             .ldb = w.ld, .ldo = dgate_up.ld, .residual = gate_up.data, .ldr = gate_up.ld,
+    const cuda::HopperGemm g{.layout = cuda::GemmLayout::dgrad,
+                             .epilogue = cuda::GemmEpilogue::swiglu_bwd,
+                             .a = dy.data,
+                             .b = w.data,
+                             .out = dgate_up.data,
+                             .m = m,
+                             .n = n,
+                             .k = k,
+                             .lda = dy.ld,
+                             .ldb = w.ld,
+                             .ldo = dgate_up.ld,
+                             .residual = gate_up.data,
+                             .ldr = gate_up.ld,
                              .act = act.data};
     if (m >= 1024 && cuda::hopper_gemm_fits(gpu(dev), g)) {
       check_dense(gate_up, m, 2 * n, "gate_up");
@@ -311,7 +370,8 @@ void logprob_fwd(const Device& dev, View logp, View lse, View logits, const int3
   check_dense(logits, logp.numel(), logits.cols(), "logits");
   MM_CHECK(lse.numel() == logp.numel());
   const Zone zone(dev.profiler, "logprob_fwd", moved({logits}), 15.0 * static_cast<double>(logits.numel()));
-  ON_CUDA(logprob_fwd(gpu(dev), logits.dtype, logp.f32(), lse.f32(), logits.data, targets, logits.rows(), logits.cols()))
+  ON_CUDA(
+      logprob_fwd(gpu(dev), logits.dtype, logp.f32(), lse.f32(), logits.data, targets, logits.rows(), logits.cols()))
   kernels(dev).logprob_fwd(logp.f32(), lse.f32(), logits.f32(), targets, logits.rows(), logits.cols());
 }
 
@@ -377,7 +437,8 @@ void moe_route_fwd(const Device& dev, View scores, int32_t* experts, View weight
   check_dense(weights, n, weights.cols(), "weights");
   const Zone zone(dev.profiler, "moe_route_fwd", moved({scores, weights, weights, logits}),
                   20.0 * static_cast<double>(logits.numel()));
-  ON_CUDA(moe_route_fwd(gpu(dev), logits.dtype, scores.f32(), experts, weights.f32(), logits.data, n, static_cast<int>(logits.cols()), static_cast<int>(weights.cols()), norm_topk))
+  ON_CUDA(moe_route_fwd(gpu(dev), logits.dtype, scores.f32(), experts, weights.f32(), logits.data, n,
+                        static_cast<int>(logits.cols()), static_cast<int>(weights.cols()), norm_topk))
   kernels(dev).moe_route_fwd(scores.f32(), experts, weights.f32(), logits.f32(), n, static_cast<int>(logits.cols()),
                              static_cast<int>(weights.cols()), norm_topk);
 }
@@ -389,7 +450,8 @@ void moe_route_bwd(const Device& dev, View dlogits, View dweights, View daux, Vi
   MM_CHECK(daux.numel() == scores.cols() && dweights.rows() == n);
   const Zone zone(dev.profiler, "moe_route_bwd", moved({dlogits, scores, dweights, dweights}),
                   8.0 * static_cast<double>(scores.numel()));
-  ON_CUDA(moe_route_bwd(gpu(dev), dlogits.dtype, dlogits.data, dweights.f32(), daux.f32(), scores.f32(), experts, n, static_cast<int>(scores.cols()), static_cast<int>(dweights.cols()), norm_topk))
+  ON_CUDA(moe_route_bwd(gpu(dev), dlogits.dtype, dlogits.data, dweights.f32(), daux.f32(), scores.f32(), experts, n,
+                        static_cast<int>(scores.cols()), static_cast<int>(dweights.cols()), norm_topk))
   kernels(dev).moe_route_bwd(dlogits.f32(), dweights.f32(), daux.f32(), scores.f32(), experts, n,
                              static_cast<int>(scores.cols()), static_cast<int>(dweights.cols()), norm_topk);
 }
@@ -397,7 +459,8 @@ void moe_route_bwd(const Device& dev, View dlogits, View dweights, View daux, Vi
 void moe_combine_fwd(const Device& dev, View out, View y, const int32_t* slot, View weights) {
   check_dense(y, out.rows() * weights.cols(), out.cols(), "y");
   const Zone zone(dev.profiler, "moe_combine_fwd", moved({out, out, y}), 2.0 * static_cast<double>(y.numel()));
-  ON_CUDA(moe_combine_fwd(gpu(dev), out.dtype, out.data, y.data, slot, weights.f32(), out.rows(), static_cast<int>(weights.cols()), out.cols()))
+  ON_CUDA(moe_combine_fwd(gpu(dev), out.dtype, out.data, y.data, slot, weights.f32(), out.rows(),
+                          static_cast<int>(weights.cols()), out.cols()))
   kernels(dev).moe_combine_fwd(out.f32(), y.f32(), slot, weights.f32(), out.rows(), static_cast<int>(weights.cols()),
                                out.cols());
 }
@@ -406,7 +469,8 @@ void moe_combine_bwd(const Device& dev, View dy, View dweights, View dout, View 
   check_dense(y, dout.rows() * weights.cols(), dout.cols(), "y");
   check_dense(dy, y.rows(), y.cols(), "dy");
   const Zone zone(dev.profiler, "moe_combine_bwd", moved({dy, dout, y}), 3.0 * static_cast<double>(y.numel()));
-  ON_CUDA(moe_combine_bwd(gpu(dev), dy.dtype, dy.data, dweights.f32(), dout.data, y.data, slot, weights.f32(), dout.rows(), static_cast<int>(weights.cols()), dout.cols()))
+  ON_CUDA(moe_combine_bwd(gpu(dev), dy.dtype, dy.data, dweights.f32(), dout.data, y.data, slot, weights.f32(),
+                          dout.rows(), static_cast<int>(weights.cols()), dout.cols()))
   kernels(dev).moe_combine_bwd(dy.f32(), dweights.f32(), dout.f32(), y.f32(), slot, weights.f32(), dout.rows(),
                                static_cast<int>(weights.cols()), dout.cols());
 }
@@ -433,8 +497,8 @@ void moe_balance(const Device& dev, View aux, View daux, const float* share, Vie
   MM_CHECK(offset.numel() == n_expert + 1 && (!daux || daux.numel() == n_expert));
   const Zone zone(dev.profiler, "moe_balance", moved({scores}), static_cast<double>(scores.numel()));
   double* sum = aux ? aux.as<double>() : nullptr;
-  ON_CUDA(moe_balance(gpu(dev), sum, opt(daux), share, scores.f32(), offset.as<int32_t>(), n, static_cast<int>(n_expert),
-                      coef))
+  ON_CUDA(moe_balance(gpu(dev), sum, opt(daux), share, scores.f32(), offset.as<int32_t>(), n,
+                      static_cast<int>(n_expert), coef))
   moe_balance_host(sum, opt(daux), *share, scores.f32(), offset.as<int32_t>(), n, n_expert, coef);
 }
 
@@ -445,8 +509,7 @@ void grouped_fwd(const Device& dev, View y, View x, View w, int64_t stride, View
   const Zone zone(dev.profiler, "grouped_fwd", moved({y, x}) + static_cast<double>(n_expert) * moved({w}),
                   2.0 * static_cast<double>(x.rows() * n * k));
   const auto* o = offset.as<int32_t>();
-  ON_CUDA(grouped_fwd(gpu(dev), x.dtype, y.data, x.data, w.data, stride, o, x.rows(), n, k,
-                      static_cast<int>(n_expert)))
+  ON_CUDA(grouped_fwd(gpu(dev), x.dtype, y.data, x.data, w.data, stride, o, x.rows(), n, k, static_cast<int>(n_expert)))
   for (int64_t e = 0; e < n_expert; e++) {
     if (o[e] == o[e + 1]) continue;
     kernels(dev).linear_fwd(y.f32() + o[e] * n, n, x.f32() + o[e] * k, k, w.f32() + e * stride, o[e + 1] - o[e], n, k,

@@ -1,9 +1,9 @@
 // The ops of the model. Each checks shapes and types once, opens a profiler zone with its floor of bytes and
 // operations, and calls the kernel of the device. Shapes are checked with MM_CHECK: callers are our own code.
-// Activations and weights are of type dev.act, row-major; statistics, parameter gradients, scores and weights of experts
-// are fp32; int32 lists are plain pointers with the length named. Everything lies in the device's memory. Gradient rule:
-// parameter gradients and the residual stream's gradient +=, other activation gradients =. Ops run in call order (on a
-// GPU asynchronously, on its session's stream); issue them from one thread.
+// Activations and weights are of type dev.act, row-major; statistics, parameter gradients, scores and weights of
+// experts are fp32; int32 lists are plain pointers with the length named. Everything lies in the device's memory.
+// Gradient rule: parameter gradients and the residual stream's gradient +=, other activation gradients =. Ops run in
+// call order (on a GPU asynchronously, on its session's stream); issue them from one thread.
 #pragma once
 
 #include "kernels/kernel_table.h"
@@ -24,7 +24,7 @@ void rmsnorm_fwd(const Device& dev, View y, View rstd, View x, View w, float eps
 void rmsnorm_bwd(const Device& dev, View dx, View dw, View dy, View x, View rstd, View w);  // dx +=, dw +=
 
 struct NormRope {
-  View q_weight, k_weight;  // [d_head]; empty: no qk-norm
+  View q_weight, k_weight;                     // [d_head]; empty: no qk-norm
   const float *cos = nullptr, *sin = nullptr;  // [max_pos, d_head / 2]
   const int32_t* positions = nullptr;          // [n]
   float eps = 1e-6f;
@@ -54,11 +54,11 @@ struct Attention {
 void attention_fwd(const Device& dev, const Attention& args);
 void attention_bwd(const Device& dev, const Attention& fwd, View dout, View dq, View dk, View dv);
 
-void swiglu_fwd(const Device& dev, View act, View gate_up);                  // act [n, f], gate_up [n, 2 f]
+void swiglu_fwd(const Device& dev, View act, View gate_up);  // act [n, f], gate_up [n, 2 f]
 // gate_up = x w^T and act from it; on a Hopper GPU in one kernel
 void linear_swiglu_fwd(const Device& dev, View gate_up, View act, View x, View w);
-// Backward through y = act w^T and act = swiglu(gate_up): dgate_up from dy, act computed again on the way. dact: scratch
-// [n, f], left alone where a Hopper GPU does it in one kernel. dgate_up may be gate_up itself.
+// Backward through y = act w^T and act = swiglu(gate_up): dgate_up from dy, act computed again on the way. dact:
+// scratch [n, f], left alone where a Hopper GPU does it in one kernel. dgate_up may be gate_up itself.
 void linear_swiglu_bwd(const Device& dev, View dgate_up, View act, View dact, View dy, View w, View gate_up);
 // dgate_up may be gate_up itself; act is computed again on the way
 void swiglu_bwd(const Device& dev, View dgate_up, View act, View dact, View gate_up);

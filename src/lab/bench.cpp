@@ -75,7 +75,8 @@ ordered_json bench_train(const TrainBenchOptions& o) {
   const std::vector<TokenBatch> batch{random_batch(o)};
   ordered_json ops = ordered_json::array();
   size_t device_bytes = 0;
-  std::vector<double> seconds = time_steps(o, o.device, *model, batch, o.steps, [&] { device_bytes = device_bytes_in_use(); });
+  std::vector<double> seconds =
+      time_steps(o, o.device, *model, batch, o.steps, [&] { device_bytes = device_bytes_in_use(); });
   std::sort(seconds.begin(), seconds.end());
   const double median = seconds[seconds.size() / 2], fastest = seconds.front();
   const double profiled_seconds = time_steps(o, profiled, *model, batch, 1, [&] { profiler.reset(); })[0];

@@ -112,8 +112,7 @@ void bench_norm(OpBench& b, int64_t n, int64_t d) {
 void bench_ffn(OpBench& b, int64_t n, int64_t d, int64_t f) {
   const Device& dev = b.device();
   const View gate_up = b.act({n, 2 * f}), act = b.act({n, f}), dact = b.act({n, f}), dgate_up = b.act({n, 2 * f});
-  const View x = b.act({n, d}), w = b.act({2 * f, d}, 0.02f), down = b.act({d, f}, 0.02f),
-             dy = b.act({n, d});
+  const View x = b.act({n, d}), w = b.act({2 * f, d}, 0.02f), down = b.act({d, f}, 0.02f), dy = b.act({n, d});
   const std::string shape = fmt::format("{}x{}x2*{}", n, d, f);
   const double bytes = static_cast<double>(act.bytes()), flops = static_cast<double>(n * f),
                product = 2.0 * static_cast<double>(n * d * f);
@@ -224,8 +223,8 @@ void bench_optimizer(OpBench& b, int64_t n) {
              v = b.tensor(DType::f32, {n});
   ops::zero(dev, v);
   int64_t step = 0;
-  b.time("adamw (with a wait)", fmt::format("{}", n), 7.0 * static_cast<double>(p.bytes()), 12.0 * static_cast<double>(n),
-         [&] { ops::adamw(dev, p, g, m, v, {.lr = 1e-4, .step = ++step}); });
+  b.time("adamw (with a wait)", fmt::format("{}", n), 7.0 * static_cast<double>(p.bytes()),
+         12.0 * static_cast<double>(n), [&] { ops::adamw(dev, p, g, m, v, {.lr = 1e-4, .step = ++step}); });
   b.drop_tensors();
 }
 

@@ -105,7 +105,12 @@ size_t Activations::plan_bytes(const ModelConfig& config, int64_t max_tok, bool 
 }
 
 Activations::Activations(const ModelConfig& config, int64_t max_tok, bool train, const Device& dev, Recompute recompute)
-    : stage(dev, max_tok, config.num_key_value_heads), config_(config), max_tok_(max_tok), train_(train), dtype_(dev.act), recompute_(recompute) {
+    : stage(dev, max_tok, config.num_key_value_heads),
+      config_(config),
+      max_tok_(max_tok),
+      train_(train),
+      dtype_(dev.act),
+      recompute_(recompute) {
   if (max_tok == 0) return;
   buffer_ = Buffer(plan_bytes(config, max_tok, train, dev.act, recompute), dev.memory());
   set_tokens(max_tok);

@@ -34,8 +34,8 @@ struct LayerActs {
   // MoE: routing and the experts' outputs, rows in expert order
   View scores, weights, expert_out;  // [n_tok, n_expert], [n_tok, top_k], [n_tok top_k, d_model]
   View experts, slot,
-      rows;  // i32: [n_tok, top_k] chosen expert; [n_tok, top_k] row of the pair; [n_tok top_k] token of the row
-  View offset;                       // i32 [n_expert + 1] first row of each expert
+      rows;     // i32: [n_tok, top_k] chosen expert; [n_tok, top_k] row of the pair; [n_tok top_k] token of the row
+  View offset;  // i32 [n_expert + 1] first row of each expert
   std::vector<View> shared_gate_up;  // one a shared expert [n_tok, 2 d_ff]
 };
 

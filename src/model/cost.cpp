@@ -28,7 +28,8 @@ MemoryPlan training_memory(const ModelConfig& c, int64_t max_tok, const Device& 
   return {.weights = params * dtype_size(dev.act),
           .gradients = full,
           .optimizer = (masters ? 3 : 2) * full,
-          .activations = Activations::plan_bytes(c, max_tok, true, dev.act, recompute) + BatchStage::gpu_bytes(dev, max_tok),
+          .activations =
+              Activations::plan_bytes(c, max_tok, true, dev.act, recompute) + BatchStage::gpu_bytes(dev, max_tok),
           .lm_head = LmHead::plan_bytes(c, dev),
           .kernels = kernel_scratch_bytes(dev)};
 }

@@ -19,8 +19,8 @@ struct DropoutKey {  // random numbers of this pass: seed of the run, number of 
 void forward(const Device& dev, Model& model, const TokenBatch& batch, Activations& acts, KvCache* cache = nullptr,
              DropoutKey key = {});
 
-// The same in its parts: the Errors, and the pass over the batch that acts.stage holds, which adds to acts.aux. The pass
-// allocates nothing and waits for nothing, so a graph can capture it.
+// The same in its parts: the Errors, and the pass over the batch that acts.stage holds, which adds to acts.aux. The
+// pass allocates nothing and waits for nothing, so a graph can capture it.
 void check_batch(Model& model, const TokenBatch& batch, const KvCache* cache = nullptr);
 void forward_staged(const Device& dev, Model& model, Activations& acts, KvCache* cache = nullptr, DropoutKey key = {});
 

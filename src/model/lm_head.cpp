@@ -106,11 +106,9 @@ void LmHead::backward(const Device& dev, const Model& model, View h, const std::
   ops::zero(dev, dh);
   for_each_chunk(dev, model, h, targets, [&](int64_t first, View hidden, View logits, View chunk, View lse) {
     const int64_t count = chunk.numel();
-    for (int64_t i = 0; i < count; i++)
-      chunk_g_[static_cast<size_t>(i)] = g[rows_[static_cast<size_t>(first + i)]];
+    for (int64_t i = 0; i < count; i++) chunk_g_[static_cast<size_t>(i)] = g[rows_[static_cast<size_t>(first + i)]];
     ops::logprob_fwd_bwd(dev, logits, chunk, lse, View(chunk_g_.data(), DType::f32, {count}), chunk_targets_.data());
-    for (int64_t i = 0; i < count && logp != nullptr; i++)
-      logp[rows_[static_cast<size_t>(first + i)]] = chunk.f32()[i];
+    for (int64_t i = 0; i < count && logp != nullptr; i++) logp[rows_[static_cast<size_t>(first + i)]] = chunk.f32()[i];
     const View dhidden = chunk_dhidden(count);
     ops::linear_bwd(dev, dhidden, grads.head, logits, hidden, model.weights.head);
     ops::scatter_rows(dev, dh, dhidden, rows_.data() + first);
@@ -125,7 +123,7 @@ void LmHead::backward_staged(const Device& dev, const Model& model, Activations&
 
 // All rows take part: rows without a target have a zero gradient, and the host need not know which they are.
 void LmHead::backward_device(const Device& dev, const Model& model, View h, const int32_t* targets, View g, View dh,
-                          ParamBuffer& grads, View logp) {
+                             ParamBuffer& grads, View logp) {
   if (h.rows() == 0) return;
   const int64_t n_chunk = (h.rows() + chunk_ - 1) / chunk_;  // of equal size, in whole tiles
   const int64_t size = (h.rows() + n_chunk * 128 - 1) / (n_chunk * 128) * 128;

@@ -39,7 +39,9 @@ class LmHead {
 
   // GPU: the logits of all rows of h, at most max_rows() of them; the view is of this object's scratch. Does not wait.
   View project(const Device& dev, const Model& model, View h);
-  View projected(int64_t n) const { return chunk_logits(n); }  // what project() of n rows left, also by a replayed graph
+  View projected(int64_t n) const {
+    return chunk_logits(n);
+  }  // what project() of n rows left, also by a replayed graph
   int64_t max_rows() const { return chunk_; }
 
  private:

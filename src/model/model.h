@@ -12,8 +12,8 @@
 
 namespace mm {
 
-// Weights are fp32 in host memory, those of a replica as its device wants them. Forward reads them, training updates them in place; share a Model between threads only while nobody
-// does.
+// Weights are fp32 in host memory, those of a replica as its device wants them. Forward reads them, training updates
+// them in place; share a Model between threads only while nobody does.
 struct Model {
   ModelConfig config;
   ParamTable table;

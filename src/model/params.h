@@ -49,7 +49,8 @@ struct LayerViews {
   std::vector<View> shared_gate_up, shared_down;
 };
 
-// A flat range shaped by a table: weights, gradients, or a moment. fp32, but for the working weights of a GPU. Move only.
+// A flat range shaped by a table: weights, gradients, or a moment. fp32, but for the working weights of a GPU. Move
+// only.
 class ParamBuffer {
  public:
   ParamBuffer() = default;

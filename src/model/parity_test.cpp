@@ -257,7 +257,9 @@ std::vector<Case> cases() {
 INSTANTIATE_TEST_SUITE_P(PyTorch, Parity, testing::ValuesIn(cases()), [](const auto& test) {
   const Case& c = test.param;
   return std::string(c.dir == golden_dir ? "golden_" : "oracle_") + c.name +
-         (c.device == DeviceKind::ref ? "_ref" : c.device == DeviceKind::cuda ? "_cuda" : "");
+         (c.device == DeviceKind::ref    ? "_ref"
+          : c.device == DeviceKind::cuda ? "_cuda"
+                                         : "");
 });
 
 }  // namespace

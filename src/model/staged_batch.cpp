@@ -112,9 +112,9 @@ void BatchStage::stage_on_gpu(const Device& dev, const TokenBatch& b, const KvCa
       tiles[2 * n_tiles + 1] = static_cast<int32_t>(row);
     }
   }
-  // Blocks take tiles in turn, for every kv head. A long tile among the last would leave the others waiting, so the last
-  // 400 items go by length alone, where the first keep a sequence's keys in the cache (B32 T768 H8/4 d96: forward 76 us
-  // instead of 87, backward 225 instead of 250).
+  // Blocks take tiles in turn, for every kv head. A long tile among the last would leave the others waiting, so the
+  // last 400 items go by length alone, where the first keep a sequence's keys in the cache (B32 T768 H8/4 d96: forward
+  // 76 us instead of 87, backward 225 instead of 250).
   struct Tile {
     int32_t seq, row;
   };

@@ -14,12 +14,12 @@ namespace mm {
 
 struct StagedBatch {
   const int32_t *ids = nullptr, *positions = nullptr, *targets = nullptr;  // [n_tok]
-  const float* g = nullptr;                                               // [n_tok] dL/dlogp, see objective.h
-  const float* share = nullptr;                                           // [1] see BatchStage::stage
-  const int32_t* cu_seqlens = nullptr;                                    // [n_seq + 1]
-  const int64_t* slots = nullptr;                                         // [n_tok] with a cache, as the next two
-  const int32_t *kv_start = nullptr, *kv_len = nullptr;                   // [n_seq]
-  const int32_t *tiles = nullptr, *n_tiles = nullptr;                     // GPU: attention's work list
+  const float* g = nullptr;                                                // [n_tok] dL/dlogp, see objective.h
+  const float* share = nullptr;                                            // [1] see BatchStage::stage
+  const int32_t* cu_seqlens = nullptr;                                     // [n_seq + 1]
+  const int64_t* slots = nullptr;                                          // [n_tok] with a cache, as the next two
+  const int32_t *kv_start = nullptr, *kv_len = nullptr;                    // [n_seq]
+  const int32_t *tiles = nullptr, *n_tiles = nullptr;                      // GPU: attention's work list
   int64_t n_tok = 0, n_seq = 0, max_tiles = 0, max_len = 0;
   double pairs = 0, keys = 0;  // see ops::Attention
 };

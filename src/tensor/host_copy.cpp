@@ -21,7 +21,8 @@ std::vector<float> host_floats(const Device& dev, const View& v) {
   } else {
     std::memcpy(raw, v.data, v.bytes());
   }
-  for (size_t i = 0; i < half.size(); i++) out[i] = v.dtype == DType::bf16 ? bf16_to_float(half[i]) : f16_to_float(half[i]);
+  for (size_t i = 0; i < half.size(); i++)
+    out[i] = v.dtype == DType::bf16 ? bf16_to_float(half[i]) : f16_to_float(half[i]);
   return out;
 }
 
@@ -32,7 +33,8 @@ void copy_from_host(const Device& dev, const View& to, const std::vector<float>&
   if (to.dtype != DType::f32) {
     MM_CHECK(to.dtype == DType::bf16 || to.dtype == DType::f16, "{}", dtype_name(to.dtype));
     half.resize(from.size());
-    for (size_t i = 0; i < half.size(); i++) half[i] = to.dtype == DType::bf16 ? float_to_bf16(from[i]) : float_to_f16(from[i]);
+    for (size_t i = 0; i < half.size(); i++)
+      half[i] = to.dtype == DType::bf16 ? float_to_bf16(from[i]) : float_to_f16(from[i]);
     raw = half.data();
   }
   if (dev.on_gpu()) {

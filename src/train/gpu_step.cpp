@@ -92,8 +92,8 @@ void GpuStep::launches(Activations& acts, LmHead& head, ParamBuffer& grads, Drop
   backward(dev_, *replica_, acts, grads, key);
   const StagedBatch& b = acts.stage.current();
   // loss = sum g logp, see objective.h; weighted_nll has the opposite sign and result() turns it round
-  ops::weighted_nll(dev_, View(&n->loss, DType::f64, {1}), acts.logp, View(const_cast<float*>(b.g), DType::f32, {b.n_tok}),
-                    true);
+  ops::weighted_nll(dev_, View(&n->loss, DType::f64, {1}), acts.logp,
+                    View(const_cast<float*>(b.g), DType::f32, {b.n_tok}), true);
 }
 
 void GpuStep::pass(const TokenBatch& b, const StepTotals& totals, Activations& acts, LmHead& head, ParamBuffer& grads,

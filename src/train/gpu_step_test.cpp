@@ -1,5 +1,6 @@
-// A GPU's step against the CPU's: same losses, norms and weights in fp32, nearly so in bf16; the same bits whether passes
-// are replayed from a graph or launched one by one, and from run to run. Only in builds with CUDA; skipped without a GPU.
+// A GPU's step against the CPU's: same losses, norms and weights in fp32, nearly so in bf16; the same bits whether
+// passes are replayed from a graph or launched one by one, and from run to run. Only in builds with CUDA; skipped
+// without a GPU.
 #ifdef MM_CUDA
 
 #include "train/gpu_step.h"

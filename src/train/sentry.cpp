@@ -28,7 +28,8 @@ static std::string bad_rows(const TokenBatch& batch, const TokenDataset& data, i
   return "an unknown sample";
 }
 
-static std::string bad_activation(const Device& dev, const Activations& acts, const TokenBatch& batch, const TokenDataset& data) {
+static std::string bad_activation(const Device& dev, const Activations& acts, const TokenBatch& batch,
+                                  const TokenDataset& data) {
   const auto describe = [&](const View& v, const std::string& name) {
     const int64_t i = first_bad(dev, v);
     return i < 0 ? std::string() : fmt::format("activation {}, first at {}", name, bad_rows(batch, data, i / v.cols()));
@@ -51,8 +52,8 @@ static std::string bad_activation(const Device& dev, const Activations& acts, co
   return describe(acts.h, "final norm");
 }
 
-std::string explain_non_finite(const Device& dev, TrainStep& step,
-                               const std::vector<TokenBatch>& micro_batches, int64_t number, const TokenDataset& data) {
+std::string explain_non_finite(const Device& dev, TrainStep& step, const std::vector<TokenBatch>& micro_batches,
+                               int64_t number, const TokenDataset& data) {
   Model& model = step.model();
   for (const ParamSpec& spec : model.table.specs()) {
     const int64_t i = first_bad(dev, model.weights.view(spec));

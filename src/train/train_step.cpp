@@ -62,8 +62,7 @@ void TrainStep::update(double lr) {
   const OptimizerOptions& o = options_.optimizer;
   AdamWArgs a{.lr = lr, .beta1 = o.beta1, .beta2 = o.beta2, .eps = o.eps, .weight_decay = o.weight_decay};
   // torch.nn.utils.clip_grad_norm_
-  a.grad_scale =
-      o.grad_clip > 0 ? static_cast<float>(std::min(1.0, o.grad_clip / (result_.grad_norm + 1e-6))) : 1.0f;
+  a.grad_scale = o.grad_clip > 0 ? static_cast<float>(std::min(1.0, o.grad_clip / (result_.grad_norm + 1e-6))) : 1.0f;
   a.step = ++updates_;
   ops::adamw(dev_, model_.weights.flat(), grads_.flat(), m_.flat(), v_.flat(), a);
 }

@@ -70,7 +70,8 @@ class TrainStep {
   void set_updates(int64_t n);
   LossScale loss_scale() const;  // part of a checkpoint's state
   void set_loss_scale(const LossScale& s);
-  // GPU: masters and moments to the host copies (before a checkpoint), and back (after one was read). Nothing elsewhere.
+  // GPU: masters and moments to the host copies (before a checkpoint), and back (after one was read). Nothing
+  // elsewhere.
   void pull();
   void push();
 

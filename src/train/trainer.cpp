@@ -98,9 +98,10 @@ void require_memory(const TrainOptions& o, const ModelConfig& config, const std:
   const MemoryPlan plan = training_memory(config, pass_tokens(o, valid), o.device, o.step.recompute);
   const size_t free = cuda_free_bytes() + plan.kernels;  // those are allocated already
   if (plan.total() <= free) return;
-  throw Error("GPU memory", describe(plan), human_bytes(static_cast<double>(free)) + " free on " + cuda_status().name,
-              "lower --pass-tokens (the result stays the same), --batch-size or --seq-len, pass --recompute ffn, or end "
-              "other programs on the GPU");
+  throw Error(
+      "GPU memory", describe(plan), human_bytes(static_cast<double>(free)) + " free on " + cuda_status().name,
+      "lower --pass-tokens (the result stays the same), --batch-size or --seq-len, pass --recompute ffn, or end "
+      "other programs on the GPU");
 }
 
 // The state of one run; train_model drives it.
@@ -159,8 +160,8 @@ class Run {
     };
     while (done_ < total_ && !InterruptGuard::requested()) {
       one_step(report);
-      const bool validates = valid_ && o_.eval_every > 0 && done_ % o_.eval_every == 0 && done_ < total_,
-                 saves = o_.save_every > 0 && done_ % o_.save_every == 0 && done_ < total_;
+      const bool validates = valid_ && o_.eval_every > 0 && done_ % o_.eval_every == 0 &&
+                             done_<total_, saves = o_.save_every> 0 && done_ % o_.save_every == 0 && done_ < total_;
       if (!validates && !saves) continue;
       catch_up(report);
       const double t1 = now_seconds();
@@ -274,10 +275,11 @@ class Run {
 
   double validate(const std::string& title) {
     Progress bar(title, valid_->tokens(), "tok");
-    const NllSum sum = sum_nll(o_.device, step_.model(), *valid_, step_.activations(), step_.head(), [&](int64_t tokens) {
-      bar.set(tokens);
-      return true;
-    });
+    const NllSum sum =
+        sum_nll(o_.device, step_.model(), *valid_, step_.activations(), step_.head(), [&](int64_t tokens) {
+          bar.set(tokens);
+          return true;
+        });
     return sum.mean();
   }
 
@@ -297,14 +299,15 @@ class Run {
   }
 
   void save() {
-    ordered_json state{{"step", done_},
-                       {"updates", step_.updates()},
-                       {"loss_scale", {{"scale", step_.loss_scale().scale}, {"good_steps", step_.loss_scale().good_steps}}},
-                       {"skipped", skipped_},
-                       {"tokens", tokens_seen_},
-                       {"cursor", loader_.cursor().to_json()},
-                       {"spike", spike_.to_json()},
-                       {"run", run_identity(o_, model_.config, total_, data_)}};
+    ordered_json state{
+        {"step", done_},
+        {"updates", step_.updates()},
+        {"loss_scale", {{"scale", step_.loss_scale().scale}, {"good_steps", step_.loss_scale().good_steps}}},
+        {"skipped", skipped_},
+        {"tokens", tokens_seen_},
+        {"cursor", loader_.cursor().to_json()},
+        {"spike", spike_.to_json()},
+        {"run", run_identity(o_, model_.config, total_, data_)}};
     if (best_) state["best_valid_nll"] = *best_;
     if (result_.valid_nll) state["valid"] = {{"step", validated_}, {"nll", *result_.valid_nll}};
     save_checkpoint(o_.output, done_, model_, step_, tokenizer_, state, o_.keep_checkpoints);
@@ -355,10 +358,10 @@ class Run {
   int64_t total_;
   Schedule schedule_;
   TrainStep step_;
-  std::vector<TokenBatch> micro_, under_way_;  // under_way_: of the step whose result is asked for later
+  std::vector<TokenBatch> micro_, under_way_;         // under_way_: of the step whose result is asked for later
   int64_t done_ = 0, skipped_ = 0, tokens_seen_ = 0;  // done_: optimizer steps, skipped ones included
-  int64_t reported_ = 0;                         // the last step reported
-  int64_t validated_ = -1;                                          // step of result_.valid_nll
+  int64_t reported_ = 0;                              // the last step reported
+  int64_t validated_ = -1;                            // step of result_.valid_nll
   int bad_in_a_row_ = 0;
   std::optional<double> best_;
   TrainResult result_;

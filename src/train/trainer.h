@@ -21,9 +21,9 @@ struct TrainOptions {
   LoaderOptions loader;
   int64_t accumulation_steps = 1;  // micro-batches an optimizer step
   double epochs = 1;
-  int64_t max_steps = 0;  // 0: as epochs say
-  Schedule schedule;      // total_steps is set by the trainer
-  StepOptions step;  // max_tok and seed are set by the trainer
+  int64_t max_steps = 0;    // 0: as epochs say
+  Schedule schedule;        // total_steps is set by the trainer
+  StepOptions step;         // max_tok and seed are set by the trainer
   int64_t pass_tokens = 0;  // GPU: tokens of a forward pass at most; larger micro-batches are cut. 0: as they come
   uint64_t seed = 42;
   int64_t save_every = 500, keep_checkpoints = 2;  // optimizer steps; 0: only at the end

@@ -1,4 +1,5 @@
-// The Hopper path of attention (wgmma, bulk copies). attention.cu asks `supported` first: arch, type, head width, layout.
+// The Hopper path of attention (wgmma, bulk copies). attention.cu asks `supported` first: arch, type, head width,
+// layout.
 #pragma once
 
 #include "kernels/cuda/cuda_kernels.h"

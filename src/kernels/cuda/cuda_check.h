@@ -1,5 +1,5 @@
-// For .cu files and the device layer: a failed CUDA call becomes an Error that names it. Without base/error.h, whose fmt
-// nvcc does not compile.
+// For .cu files and the device layer: a failed CUDA call becomes an Error that names it. Without base/error.h, whose
+// fmt nvcc does not compile.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -5,8 +5,8 @@
 // Activations and weights have type T = `t` (bf16, f16 or f32) and are summed in fp32; statistics, parameter gradients
 // and optimizer state are fp32. `ld*` is the distance between rows in elements. Gradient rule: parameter gradients and
 // the residual stream's gradient are added to (+=), other activation gradients are set (=). Lists of int32 lie on the
-// device. Rows of activations are 16-byte aligned when their width is a multiple of 8 (4 for f32); kernels must still be
-// right (if slower) when not.
+// device. Rows of activations are 16-byte aligned when their width is a multiple of 8 (4 for f32); kernels must still
+// be right (if slower) when not.
 #pragma once
 
 #include <cstddef>
@@ -21,10 +21,10 @@ namespace mm::cuda {
 // What a launch needs to know of the device. Not thread safe: one context, one stream, one issuing thread.
 struct Context {
   CUstream_st* stream = nullptr;
-  int arch = 0;                 // compute capability times 10: 80, 90, ...
+  int arch = 0;  // compute capability times 10: 80, 90, ...
   int n_sm = 0;
-  void* scratch = nullptr;      // contents do not outlive one call; 256-byte aligned
-  size_t scratch_bytes = 0;     // at least 32 MiB
+  void* scratch = nullptr;   // contents do not outlive one call; 256-byte aligned
+  size_t scratch_bytes = 0;  // at least 32 MiB
   bool naive_norm = false, naive_attention = false, naive_ce = false;  // the unfused variants the course compares with
 };
 
@@ -84,11 +84,11 @@ void scatter_add(const Context& ctx, DType t, void* out, const void* x, const in
 
 // What changes from step to step, on the device, so that a captured graph reads it afresh. One float or int each.
 struct AdamWState {
-  float lr, max_norm;  // max_norm 0: no clipping
-  float inv_scale;     // 1 / loss scale: the gradients are that much too large (fp16), 1 elsewhere
-  double sum_sq;       // written by sum_sq: squared norm of the gradients, as they are
-  int32_t update_count;   // updates done; adamw's last kernel adds 1 unless it skipped
-  int32_t skip;           // not 0: no update (asked by the host)
+  float lr, max_norm;    // max_norm 0: no clipping
+  float inv_scale;       // 1 / loss scale: the gradients are that much too large (fp16), 1 elsewhere
+  double sum_sq;         // written by sum_sq: squared norm of the gradients, as they are
+  int32_t update_count;  // updates done; adamw's last kernel adds 1 unless it skipped
+  int32_t skip;          // not 0: no update (asked by the host)
 };
 struct AdamWConst {
   double beta1 = 0.9, beta2 = 0.999, eps = 1e-8, weight_decay = 0.01;
@@ -157,7 +157,8 @@ void moe_combine_bwd(const Context& ctx, DType t, void* dy, float* dweights, con
                      const int32_t* slot, const float* weights, int64_t n, int top_k, int64_t d);
 // Products of expert e on rows [offset[e], offset[e+1]) of x [rows, k] and y [rows, n]; weights of expert e start at
 // w + e * stride elements. Row counts are known to the device alone; max_rows bounds their sum.
-//   fwd: y = x w_e^T (w_e [n, k]);  dgrad: dx = dy w_e;  wgrad: dw_e [n, k] fp32 += dy^T x (experts without rows: as is)
+//   fwd: y = x w_e^T (w_e [n, k]);  dgrad: dx = dy w_e;  wgrad: dw_e [n, k] fp32 += dy^T x (experts without rows: as
+//   is)
 void grouped_fwd(const Context& ctx, DType t, void* y, const void* x, const void* w, int64_t stride,
                  const int32_t* offset, int64_t max_rows, int64_t n, int64_t k, int n_expert);
 void grouped_dgrad(const Context& ctx, DType t, void* dx, const void* dy, const void* w, int64_t stride,

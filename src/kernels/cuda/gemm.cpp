@@ -25,20 +25,20 @@ constexpr size_t workspace = size_t{32} << 20;  // NVIDIA's advice for Hopper
 constexpr int candidates = 24;
 constexpr size_t finalists = 4;
 
-#define MM_CUBLASLT_FUNCTIONS(X)                                                                                     \
-  X(cublasLtCreate)                                                                                                  \
-  X(cublasLtDestroy)                                                                                                 \
-  X(cublasLtGetVersion)                                                                                              \
-  X(cublasLtMatmul)                                                                                                  \
-  X(cublasLtMatmulAlgoGetHeuristic)                                                                                  \
-  X(cublasLtMatmulAlgoCheck)                                                                                         \
-  X(cublasLtMatmulDescCreate)                                                                                        \
-  X(cublasLtMatmulDescDestroy)                                                                                       \
-  X(cublasLtMatmulDescSetAttribute)                                                                                  \
-  X(cublasLtMatrixLayoutCreate)                                                                                      \
-  X(cublasLtMatrixLayoutDestroy)                                                                                     \
-  X(cublasLtMatmulPreferenceCreate)                                                                                  \
-  X(cublasLtMatmulPreferenceDestroy)                                                                                 \
+#define MM_CUBLASLT_FUNCTIONS(X)     \
+  X(cublasLtCreate)                  \
+  X(cublasLtDestroy)                 \
+  X(cublasLtGetVersion)              \
+  X(cublasLtMatmul)                  \
+  X(cublasLtMatmulAlgoGetHeuristic)  \
+  X(cublasLtMatmulAlgoCheck)         \
+  X(cublasLtMatmulDescCreate)        \
+  X(cublasLtMatmulDescDestroy)       \
+  X(cublasLtMatmulDescSetAttribute)  \
+  X(cublasLtMatrixLayoutCreate)      \
+  X(cublasLtMatrixLayoutDestroy)     \
+  X(cublasLtMatmulPreferenceCreate)  \
+  X(cublasLtMatmulPreferenceDestroy) \
   X(cublasLtMatmulPreferenceSetAttribute)
 
 struct Library {
@@ -56,7 +56,7 @@ struct Library {
       throw Error("--device cuda", name + " (CUDA toolkit, or beside the program in lib/)", "none",
                   "add its folder to LD_LIBRARY_PATH");
     }
-#define MM_RESOLVE(f)                                             \
+#define MM_RESOLVE(f)                                                \
   f = reinterpret_cast<decltype(f)>(dlsym(handle, #f)); /* NOLINT */ \
   if (f == nullptr) throw Error(name, #f, "a library without it");
     MM_CUBLASLT_FUNCTIONS(MM_RESOLVE)
@@ -166,7 +166,8 @@ struct Gemm::Impl {
     const std::string dir = cache_dir();
     if (dir.empty()) return;
     std::string gpu = cuda_status().name;
-    std::replace_if(gpu.begin(), gpu.end(), [](char ch) { return std::isalnum(static_cast<unsigned char>(ch)) == 0; }, '-');
+    std::replace_if(
+        gpu.begin(), gpu.end(), [](char ch) { return std::isalnum(static_cast<unsigned char>(ch)) == 0; }, '-');
     cache_path = path_join(dir, fmt::format("gemm-{}-{}.json", gpu, lib.cublasLtGetVersion()));
     try {
       if (file_exists(cache_path)) cache = load_json(cache_path);
@@ -208,9 +209,9 @@ struct Gemm::Impl {
     lib.cublasLtMatmulDescSetAttribute(p.op, CUBLASLT_MATMUL_DESC_TRANSA, &op_a, sizeof(op_a));
     lib.cublasLtMatmulDescSetAttribute(p.op, CUBLASLT_MATMUL_DESC_TRANSB, &op_b, sizeof(op_b));
     const auto layout = [&](cublasLtMatrixLayout_t* l, DType t, int64_t rows, int64_t cols, int64_t ld) {
-      require(lib.cublasLtMatrixLayoutCreate(l, data_type(t), static_cast<uint64_t>(rows), static_cast<uint64_t>(cols),
-                                             ld),
-              "layout", g);
+      require(
+          lib.cublasLtMatrixLayoutCreate(l, data_type(t), static_cast<uint64_t>(rows), static_cast<uint64_t>(cols), ld),
+          "layout", g);
     };
     layout(&p.a, g.in, g.trans_b ? g.k : g.n, g.trans_b ? g.n : g.k, g.ldb);
     layout(&p.b, g.in, g.trans_a ? g.m : g.k, g.trans_a ? g.k : g.m, g.lda);
@@ -294,8 +295,8 @@ struct Gemm::Impl {
     if (best == trials.end() || best->first < 0) return;
     p.own = best->second.own;
     p.algo = best->second.algo;
-    log_debug("product {}: {} of {} candidates{}, {:.4f} ms, {:.0f} TFLOP/s", key_of(g), p.own ? "own kernel" : "cuBLASLt",
-              algos.size(), own ? " and the own kernel" : "", best->first,
+    log_debug("product {}: {} of {} candidates{}, {:.4f} ms, {:.0f} TFLOP/s", key_of(g),
+              p.own ? "own kernel" : "cuBLASLt", algos.size(), own ? " and the own kernel" : "", best->first,
               2e-9 * static_cast<double>(g.m * g.n * g.k) / best->first);
   }
 
@@ -330,11 +331,10 @@ struct Gemm::Impl {
       const auto algos = propose(g, p);
       cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
       MM_CUDA_CHECK(cudaStreamIsCapturing(ctx.stream, &capturing));
-      // Not worth the wait: products of a few microseconds, and odd numbers of tokens, which come once (validation rows,
-      // prompts; training passes are padded to tiles). Nor can a capture time anything.
+      // Not worth the wait: products of a few microseconds, and odd numbers of tokens, which come once (validation
+      // rows, prompts; training passes are padded to tiles). Nor can a capture time anything.
       const bool comes_again = g.m % 64 == 0 && g.n % 64 == 0 && g.k % 64 == 0;
-      const bool timed =
-          capturing == cudaStreamCaptureStatusNone && comes_again && g.m * g.n * g.k >= int64_t{1} << 27;
+      const bool timed = capturing == cudaStreamCaptureStatusNone && comes_again && g.m * g.n * g.k >= int64_t{1} << 27;
       p.algo = algos.front();
       if (timed) {
         choose(g, p, algos, own, a, b);
@@ -364,7 +364,8 @@ void Gemm::run(GemmShape g, void* d, const void* a, const void* b, const void* c
     return;
   }
   const auto at = [](const void* p) { return static_cast<int64_t>(reinterpret_cast<uintptr_t>(p)); };
-  const int64_t bits = at(d) | at(a) | at(b) | (g.add_c ? at(c) | g.ldc * out : 0) | g.lda * in | g.ldb * in | g.ldd * out;
+  const int64_t bits =
+      at(d) | at(a) | at(b) | (g.add_c ? at(c) | g.ldc * out : 0) | g.lda * in | g.ldb * in | g.ldd * out;
   g.aligned = bits % 16 == 0;
   const Plan& p = impl_->plan(g, d, a, b, c);
   require(impl_->launch(g, p, p.algo, d, a, b, c), "product", g);

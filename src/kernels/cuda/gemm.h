@@ -1,6 +1,7 @@
 // Matrix products by cuBLASLt or by our own Hopper kernel. The library is opened at run time (a program without a GPU
-// needs none), plans are kept by shape, and the algorithm of a new shape is chosen by timing the library's candidates and
-// our own once; the choice is kept on disk ($XDG_CACHE_HOME/minimind), so that the next run computes with the same bits.
+// needs none), plans are kept by shape, and the algorithm of a new shape is chosen by timing the library's candidates
+// and our own once; the choice is kept on disk ($XDG_CACHE_HOME/minimind), so that the next run computes with the same
+// bits.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +15,7 @@ namespace mm::cuda {
 struct GemmShape {
   int64_t m = 0, n = 0, k = 0, lda = 0, ldb = 0, ldd = 0, ldc = 0;
   bool trans_a = false, trans_b = false, add_c = false;
-  bool aligned = true;  // set by run(): addresses and rows are multiples of 16 bytes
+  bool aligned = true;                        // set by run(): addresses and rows are multiples of 16 bytes
   DType in = DType::bf16, out = DType::bf16;  // C is of type out
   auto operator<=>(const GemmShape&) const = default;
 };

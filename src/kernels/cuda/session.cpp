@@ -29,9 +29,7 @@ Graph::~Graph() {
   if (exec_ != nullptr) (void)cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(exec_));
 }
 
-void Graph::begin(Session& s) {
-  MM_CUDA_CHECK(cudaStreamBeginCapture(s.ctx.stream, cudaStreamCaptureModeThreadLocal));
-}
+void Graph::begin(Session& s) { MM_CUDA_CHECK(cudaStreamBeginCapture(s.ctx.stream, cudaStreamCaptureModeThreadLocal)); }
 
 Graph Graph::end(Session& s) {
   cudaGraph_t graph = nullptr;
