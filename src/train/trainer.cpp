@@ -2,6 +2,7 @@
 
 #include <sys/resource.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "base/fs.h"
@@ -210,7 +211,10 @@ class Run {
     done_++;
     step_.begin(micro_, done_);
     if (step_.asynchronous() && spike_.never_skips()) {
-      step_.update(lr_at(schedule_, done_));
+      // Without a target there is nothing to learn, and AdamW would still decay the weights.
+      const bool learns = std::any_of(micro_.begin(), micro_.end(),
+                                      [](const TokenBatch& b) { return CrossEntropy::total_weight(b) > 0; });
+      if (learns) step_.update(lr_at(schedule_, done_));
       // The batches are kept in case their step must be explained.
       if (!under_way_.empty()) catch_up(report);
       under_way_ = std::move(micro_);
