@@ -1,7 +1,7 @@
-// The kernels of one device as a table of functions: ref, cpu (and later cuda) each fill one. Raw pointers and sizes
-// only; ops.cpp has already checked them. All floating-point data is fp32; `ld*` is the distance between rows in
-// elements. Gradient rule: parameter gradients and the residual stream's gradient are added to (+=), other activation
-// gradients are set (=).
+// The kernels of one device as a table of functions; ref and cpu each fill one, CUDA's are in cuda/cuda_kernels.h. Raw
+// pointers and sizes only; ops.cpp has already checked them. All floating-point data is fp32; `ld*` is the distance
+// between rows in elements. Gradient rule: parameter gradients and the residual stream's gradient are added to (+=),
+// other activation gradients are set (=).
 #pragma once
 
 #include <cstdint>

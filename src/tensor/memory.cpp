@@ -73,7 +73,7 @@ void* allocate(size_t bytes, Memory where) {
     throw Error(where == Memory::cuda ? "GPU memory" : "pinned memory",
                 human_bytes(static_cast<double>(bytes)) + " in one piece",
                 human_bytes(static_cast<double>(cuda_free_bytes())) + " free on the GPU",
-                "lower --batch-size, --seq-len or --micro-batch-tokens, raise --recompute, or use a smaller model");
+                "lower --batch-size, --seq-len or --pass-tokens, pass --recompute ffn, or use a smaller model");
   }
   require(e, "allocation");
   require(cudaMemset(p, 0, bytes), "memset");
