@@ -242,3 +242,18 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_chat(model, tmp_path):
     assert "assistant:" in t.until("assistant:")
     t.type("/exit\r")
     assert t.wait() == 0
+
+
+# --- devices -----------------------------------------------------------------------------------------------------------
+
+def test_a_gpu_that_is_not_there_is_an_error_and_auto_goes_on(model):
+    args = ["generate", "--model", model, "--ids", "1,5,6", "--max-new-tokens", 3, "--greedy", "--json"]
+    cpu, auto, cuda = (minimind(*args, "--device", device) for device in ("cpu", "auto", "cuda"))
+    assert cpu.returncode == 0 and auto.returncode == 0
+    if cuda.returncode == 0:
+        pytest.skip("NOT TESTED: there is a GPU")
+    assert json.loads(auto.stdout)["ids"] == json.loads(cpu.stdout)["ids"]
+    errors = [line for line in cuda.stderr.splitlines() if line.startswith("E ")]
+    assert cuda.returncode == 2 and cuda.stdout == "" and len(errors) == 1 and "--device cpu" in errors[0], cuda.stderr
+    f16 = minimind(*args, "--device", "cpu", "--dtype", "f16")
+    assert f16.returncode == 2 and "--dtype" in f16.stderr
