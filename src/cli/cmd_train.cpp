@@ -87,8 +87,8 @@ void add_run_flags(CLI::App* c, TrainFlags& f) {
       ->check(CLI::IsMember({"none", "cheap", "ffn"}))
       ->group("Device");
   c->add_option("--pass-tokens", t.pass_tokens,
-                "GPU: tokens of a forward pass at most; a larger batch is computed in parts, with the same result and "
-                "less memory (0: the whole micro-batch)")
+                "GPU: tokens of a forward pass at most; a larger batch is computed in parts: less memory, the same "
+                "result up to rounding (with experts each part has its own balance loss). 0: the whole micro-batch")
       ->check(CLI::NonNegativeNumber)
       ->group("Device");
 }

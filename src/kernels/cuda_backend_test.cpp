@@ -465,8 +465,7 @@ void adamw(float* p, const float* g, float* m, float* v, const AdamWArgs& a, int
                          .max_norm = a.grad_scale,
                          .inv_scale = 1.0f,
                          .sum_sq = (1 - 1e-6) * (1 - 1e-6),
-                         .update_count = static_cast<int32_t>(a.step - 1),
-                         .skip = 0};
+                         .update_count = static_cast<int32_t>(a.step - 1)};
   staged("adamw", [&](Staging& s) {
     float* to = s.out(p, n);
     const float* from = s.in(g, n);

@@ -1,54 +1,11 @@
 #include "kernels/ops.h"
 
-#include "base/error.h"
-#include "kernels/moe_order.h"
-#include "prof/profiler.h"
+#include "kernels/ops_detail.h"
 #ifdef MM_CUDA
 #include "kernels/cuda/hopper_gemm.h"
-#include "kernels/cuda/session.h"
 #endif
 
 namespace mm::ops {
-
-static const KernelTable& kernels(const Device& dev) {
-  switch (dev.kind) {
-    case DeviceKind::ref: return ref_kernels();
-    case DeviceKind::cpu: return cpu_kernels();
-    case DeviceKind::cuda: break;
-  }
-  MM_CHECK(false, "no kernel of this op for the device");
-}
-
-// ON_CUDA(call): on a GPU the op is that call of namespace cuda.
-#ifdef MM_CUDA
-static const cuda::Context& gpu(const Device& dev) { return dev.cuda->ctx; }
-#define ON_CUDA(call)                 \
-  if (dev.kind == DeviceKind::cuda) { \
-    cuda::call;                       \
-    return;                           \
-  }
-#else
-#define ON_CUDA(call)
-#endif
-
-static bool use_bf16(const Device& dev) { return dev.matmul == DType::bf16; }
-
-static double moved(std::initializer_list<View> views) {  // bytes of what an op reads and writes once
-  double s = 0;
-  for (const View& v : views) s += v ? static_cast<double>(v.bytes()) : 0.0;
-  return s;
-}
-
-static void check_2d(const View& v, int64_t rows, int64_t cols, const char* what) {
-  MM_CHECK(v.rows() == rows && v.cols() == cols, "{}: {}, wanted [{}, {}]", what, v.shape.str(), rows, cols);
-}
-
-static void check_dense(const View& v, int64_t rows, int64_t cols, const char* what) {
-  check_2d(v, rows, cols, what);
-  MM_CHECK(v.contiguous(), "{} must be contiguous", what);
-}
-
-static float* opt(const View& v) { return v ? v.f32() : nullptr; }
 
 void linear_fwd(const Device& dev, View y, View x, View w, View residual) {
   const int64_t m = x.rows(), k = x.cols(), n = w.rows();
@@ -428,118 +385,6 @@ void scatter_rows(const Device& dev, View out, View x, const int32_t* rows) {
   const Zone zone(dev.profiler, "scatter_rows", 2 * moved({x}), 0);
   ON_CUDA(scatter_rows(gpu(dev), x.dtype, out.data, x.data, rows, x.rows(), x.cols()))
   kernels(dev).scatter_rows(out.f32(), x.f32(), rows, x.rows(), x.cols());
-}
-
-void moe_route_fwd(const Device& dev, View scores, int32_t* experts, View weights, View logits, bool norm_topk) {
-  const int64_t n = logits.rows();
-  check_dense(logits, n, logits.cols(), "logits");
-  check_dense(scores, n, logits.cols(), "scores");
-  check_dense(weights, n, weights.cols(), "weights");
-  const Zone zone(dev.profiler, "moe_route_fwd", moved({scores, weights, weights, logits}),
-                  20.0 * static_cast<double>(logits.numel()));
-  ON_CUDA(moe_route_fwd(gpu(dev), logits.dtype, scores.f32(), experts, weights.f32(), logits.data, n,
-                        static_cast<int>(logits.cols()), static_cast<int>(weights.cols()), norm_topk))
-  kernels(dev).moe_route_fwd(scores.f32(), experts, weights.f32(), logits.f32(), n, static_cast<int>(logits.cols()),
-                             static_cast<int>(weights.cols()), norm_topk);
-}
-
-void moe_route_bwd(const Device& dev, View dlogits, View dweights, View daux, View scores, const int32_t* experts,
-                   bool norm_topk) {
-  const int64_t n = scores.rows();
-  check_dense(dlogits, n, scores.cols(), "dlogits");
-  MM_CHECK(daux.numel() == scores.cols() && dweights.rows() == n);
-  const Zone zone(dev.profiler, "moe_route_bwd", moved({dlogits, scores, dweights, dweights}),
-                  8.0 * static_cast<double>(scores.numel()));
-  ON_CUDA(moe_route_bwd(gpu(dev), dlogits.dtype, dlogits.data, dweights.f32(), daux.f32(), scores.f32(), experts, n,
-                        static_cast<int>(scores.cols()), static_cast<int>(dweights.cols()), norm_topk))
-  kernels(dev).moe_route_bwd(dlogits.f32(), dweights.f32(), daux.f32(), scores.f32(), experts, n,
-                             static_cast<int>(scores.cols()), static_cast<int>(dweights.cols()), norm_topk);
-}
-
-void moe_combine_fwd(const Device& dev, View out, View y, const int32_t* slot, View weights) {
-  check_dense(y, out.rows() * weights.cols(), out.cols(), "y");
-  const Zone zone(dev.profiler, "moe_combine_fwd", moved({out, out, y}), 2.0 * static_cast<double>(y.numel()));
-  ON_CUDA(moe_combine_fwd(gpu(dev), out.dtype, out.data, y.data, slot, weights.f32(), out.rows(),
-                          static_cast<int>(weights.cols()), out.cols()))
-  kernels(dev).moe_combine_fwd(out.f32(), y.f32(), slot, weights.f32(), out.rows(), static_cast<int>(weights.cols()),
-                               out.cols());
-}
-
-void moe_combine_bwd(const Device& dev, View dy, View dweights, View dout, View y, const int32_t* slot, View weights) {
-  check_dense(y, dout.rows() * weights.cols(), dout.cols(), "y");
-  check_dense(dy, y.rows(), y.cols(), "dy");
-  const Zone zone(dev.profiler, "moe_combine_bwd", moved({dy, dout, y}), 3.0 * static_cast<double>(y.numel()));
-  ON_CUDA(moe_combine_bwd(gpu(dev), dy.dtype, dy.data, dweights.f32(), dout.data, y.data, slot, weights.f32(),
-                          dout.rows(), static_cast<int>(weights.cols()), dout.cols()))
-  kernels(dev).moe_combine_bwd(dy.f32(), dweights.f32(), dout.f32(), y.f32(), slot, weights.f32(), dout.rows(),
-                               static_cast<int>(weights.cols()), dout.cols());
-}
-
-void scatter_add(const Device& dev, View out, View x, const int32_t* slot, int top_k) {
-  check_dense(x, out.rows() * top_k, out.cols(), "x");
-  const Zone zone(dev.profiler, "scatter_add", moved({out, x}), static_cast<double>(x.numel()));
-  ON_CUDA(scatter_add(gpu(dev), out.dtype, out.data, x.data, slot, out.rows(), top_k, out.cols()))
-  kernels(dev).scatter_add(out.f32(), x.f32(), slot, out.rows(), top_k, out.cols());
-}
-
-void moe_sort(const Device& dev, View slot, View rows, View offset, View experts) {
-  const int64_t pairs = experts.numel(), top_k = experts.cols(), n_expert = offset.numel() - 1;
-  MM_CHECK(slot.numel() == pairs && rows.numel() == pairs);
-  const Zone zone(dev.profiler, "moe_sort", moved({slot, rows, experts}), 0);
-  auto *s = slot.as<int32_t>(), *r = rows.as<int32_t>(), *o = offset.as<int32_t>();
-  const auto* expert = experts.as<int32_t>();
-  ON_CUDA(moe_sort(gpu(dev), s, r, o, expert, experts.rows(), static_cast<int>(top_k), static_cast<int>(n_expert)))
-  moe_sort_host(s, r, o, expert, pairs, top_k, n_expert);
-}
-
-void moe_balance(const Device& dev, View aux, View daux, const float* share, View scores, View offset, double coef) {
-  const int64_t n = scores.rows(), n_expert = scores.cols();
-  MM_CHECK(offset.numel() == n_expert + 1 && (!daux || daux.numel() == n_expert));
-  const Zone zone(dev.profiler, "moe_balance", moved({scores}), static_cast<double>(scores.numel()));
-  double* sum = aux ? aux.as<double>() : nullptr;
-  ON_CUDA(moe_balance(gpu(dev), sum, opt(daux), share, scores.f32(), offset.as<int32_t>(), n,
-                      static_cast<int>(n_expert), coef))
-  moe_balance_host(sum, opt(daux), *share, scores.f32(), offset.as<int32_t>(), n, n_expert, coef);
-}
-
-void grouped_fwd(const Device& dev, View y, View x, View w, int64_t stride, View offset) {
-  const int64_t n = w.rows(), k = w.cols(), n_expert = offset.numel() - 1;
-  check_dense(x, x.rows(), k, "x");
-  check_dense(y, x.rows(), n, "y");
-  const Zone zone(dev.profiler, "grouped_fwd", moved({y, x}) + static_cast<double>(n_expert) * moved({w}),
-                  2.0 * static_cast<double>(x.rows() * n * k));
-  const auto* o = offset.as<int32_t>();
-  ON_CUDA(grouped_fwd(gpu(dev), x.dtype, y.data, x.data, w.data, stride, o, x.rows(), n, k, static_cast<int>(n_expert)))
-  for (int64_t e = 0; e < n_expert; e++) {
-    if (o[e] == o[e + 1]) continue;
-    kernels(dev).linear_fwd(y.f32() + o[e] * n, n, x.f32() + o[e] * k, k, w.f32() + e * stride, o[e + 1] - o[e], n, k,
-                            false, use_bf16(dev));
-  }
-}
-
-void grouped_bwd(const Device& dev, View dx, View dw, View dy, View x, View w, int64_t stride, View offset) {
-  const int64_t n = w.rows(), k = w.cols(), n_expert = offset.numel() - 1;
-  check_dense(dy, dy.rows(), n, "dy");
-  if (dx) check_dense(dx, dy.rows(), k, "dx");
-  if (dw) check_dense(x, dy.rows(), k, "x");
-  const double products = (dx ? 1 : 0) + (dw ? 1 : 0);
-  const Zone zone(dev.profiler, "grouped_bwd", moved({dx, dy, x}) + static_cast<double>(n_expert) * moved({dw, w}),
-                  products * 2.0 * static_cast<double>(dy.rows() * n * k));
-  const auto* o = offset.as<int32_t>();
-#ifdef MM_CUDA
-  if (dev.kind == DeviceKind::cuda) {
-    const int e = static_cast<int>(n_expert);
-    if (dx) cuda::grouped_dgrad(gpu(dev), dy.dtype, dx.data, dy.data, w.data, stride, o, dy.rows(), n, k, e);
-    if (dw) cuda::grouped_wgrad(gpu(dev), dy.dtype, dw.f32(), stride, dy.data, x.data, o, dy.rows(), n, k, e);
-    return;
-  }
-#endif
-  for (int64_t e = 0; e < n_expert; e++) {
-    if (o[e] == o[e + 1]) continue;
-    kernels(dev).linear_bwd(dx ? dx.f32() + o[e] * k : nullptr, k, dw ? dw.f32() + e * stride : nullptr,
-                            dy.f32() + o[e] * n, n, dw ? x.f32() + o[e] * k : nullptr, k, w.f32() + e * stride,
-                            o[e + 1] - o[e], n, k, false, use_bf16(dev));
-  }
 }
 
 void adamw(const Device& dev, View p, View g, View m, View v, const AdamWArgs& args) {

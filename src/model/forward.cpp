@@ -122,7 +122,8 @@ void ffn_backward(const Device& dev, const ModelConfig& c, const LayerViews& w, 
   if (c.is_moe()) {
     moe_backward(dev, c, w, g, a, acts);
   } else {
-    if (acts.recompute() == Recompute::ffn) ops::linear_fwd(dev, a.gate_up, a.h_mid, w.gate_up);
+    // The forward's own op: another product could round otherwise.
+    if (acts.recompute() == Recompute::ffn) ops::linear_swiglu_fwd(dev, a.gate_up, a.act, a.h_mid, w.gate_up);
     ops::linear_swiglu_bwd(dev, a.gate_up, a.act, acts.dact, acts.dres, w.down, a.gate_up);  // becomes its gradient
     ops::linear_bwd(dev, View(), g.down, acts.dres, a.act, w.down);
     ops::linear_bwd(dev, acts.dh, g.gate_up, a.gate_up, a.h_mid, w.gate_up);

@@ -132,19 +132,19 @@ TEST_P(GpuStepTest, HalfPrecisionStaysNear) {
   }
 }
 
-TEST_P(GpuStepTest, ReplayedPassesGiveTheSameBits) {
+// Replayed passes are padded to a few sizes (not with experts), so sums of products may run in another order.
+TEST_P(GpuStepTest, ReplayedPassesRepeatTheirBitsAndAgreeWithPlainOnes) {
   const Outcome graph = train(device("bf16"), GetParam()), plain = train(device("bf16"), GetParam(), {.graph = false}),
                 again = train(device("bf16"), GetParam());
   EXPECT_EQ(graph.weights, again.weights);
-  if (GetParam() != "moe") {  // padding to a bucket takes part in the balance loss
-    EXPECT_LE(distance(graph.weights, plain.weights), 1e-3);
-  }
+  EXPECT_LE(distance(graph.weights, plain.weights), 1e-3);
 }
 
-TEST_P(GpuStepTest, ParallelPassesEqualOne) {
+TEST_P(GpuStepTest, SeveralPassesEqualOne) {
+  if (GetParam() == "dropout") GTEST_SKIP() << "every pass draws its own numbers";
   const Outcome whole = train(device("f32"), GetParam()), parts = train(device("f32"), GetParam(), {}, 200);
-  if (GetParam() == "dropout") return;  // every pass draws its own
   EXPECT_NEAR(parts.steps.back().loss, whole.steps.back().loss, 1e-4 * whole.steps.back().loss);
+  // The balance loss is a product of two means over a pass, so with experts the parts' gradients differ a little.
   EXPECT_LE(distance(parts.weights, whole.weights), GetParam() == "moe" ? 2e-2 : 1e-3);
 }
 

@@ -101,7 +101,7 @@ void require_memory(const TrainOptions& o, const ModelConfig& config, const std:
   if (plan.total() <= free) return;
   throw Error(
       "GPU memory", describe(plan), human_bytes(static_cast<double>(free)) + " free on " + cuda_status().name,
-      "lower --pass-tokens (the result stays the same), --batch-size or --seq-len, pass --recompute ffn, or end "
+      "lower --pass-tokens (less memory, the same training), --batch-size or --seq-len, pass --recompute ffn, or end "
       "other programs on the GPU");
 }
 

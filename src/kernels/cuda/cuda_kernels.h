@@ -88,13 +88,12 @@ struct AdamWState {
   float inv_scale;       // 1 / loss scale: the gradients are that much too large (fp16), 1 elsewhere
   double sum_sq;         // written by sum_sq: squared norm of the gradients, as they are
   int32_t update_count;  // updates done; adamw's last kernel adds 1 unless it skipped
-  int32_t skip;          // not 0: no update (asked by the host)
 };
 struct AdamWConst {
   double beta1 = 0.9, beta2 = 0.999, eps = 1e-8, weight_decay = 0.01;
 };
 // torch.optim.AdamW with clip_grad_norm_(max_norm) on fp32 masters p [n]; w [n] (type t, null for f32: p is the weight)
-// receives the rounded result. Does nothing when state->sum_sq is not finite or state->skip is set. Bias correction
+// receives the rounded result. Does nothing when state->sum_sq is not finite. Bias correction
 // uses update_count + 1. Reads g, m, v, p once, 16 bytes a thread.
 void adamw(const Context& ctx, DType t, void* w, float* p, const float* g, float* m, float* v, AdamWState* state,
            const AdamWConst& c, int64_t n);

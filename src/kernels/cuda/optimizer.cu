@@ -27,7 +27,7 @@ struct Factors {
 __global__ void factors_kernel(Factors* out, AdamWState* s, AdamWConst c) {
   const double inv = s->inv_scale, norm = sqrt(s->sum_sq) * inv, k = s->update_count + 1;
   Factors f;
-  f.active = s->skip == 0 && isfinite(s->sum_sq) ? 1 : 0;
+  f.active = isfinite(s->sum_sq) ? 1 : 0;
   f.grad_scale = static_cast<float>(s->max_norm > 0 ? inv * fmin(1.0, s->max_norm / (norm + 1e-6)) : inv);
   f.keep = static_cast<float>(1.0 - s->lr * c.weight_decay);
   f.step_size = static_cast<float>(s->lr / (1.0 - pow(c.beta1, k)));
