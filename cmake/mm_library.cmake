@@ -54,7 +54,7 @@ endfunction()
 
 function(mm_tests)
   add_custom_target(unit_tests)
-  foreach(name base tensor prof text kernels formats data model train engine eval lab)
+  foreach(name base tensor prof text grammar kernels formats data model train engine eval lab)
     file(GLOB sources CONFIGURE_DEPENDS src/${name}/*_test.cpp src/${name}/*/*_test.cpp)
     if(sources)
       add_executable(${name}_test ${sources})

@@ -6,7 +6,7 @@ SOURCE = pathlib.Path(__file__).resolve().parent.parent / "src"
 
 LEVELS = {
     0: ["base"],
-    1: ["tensor", "prof", "text"],
+    1: ["tensor", "prof", "text", "grammar"],
     2: ["kernels", "formats", "data"],
     3: ["model"],
     4: ["train", "engine", "quant"],
