@@ -49,8 +49,8 @@ struct BlockMap {
 
 class Engine {
  public:
-  // Packs the weights for the device, plans memory, starts the thread. The tokenizer gives texts. Error when the options
-  // or the memory do not do.
+  // Packs the weights for the device, plans memory, starts the thread. The tokenizer gives texts. Error when the
+  // options or the memory do not do.
   Engine(const Model& model, std::optional<Tokenizer> tokenizer, const EngineOptions& options);
   ~Engine();  // cancels what is left
   // Error (of bad input) when the request makes no sense; it names the field. Otherwise takes it or says why not.

@@ -80,29 +80,40 @@ static float kth_largest(std::span<const float> x, size_t k, std::vector<float>&
   return pool[k - 1];
 }
 
-void Sampler::penalize(const SamplingParams& p, std::span<const int32_t> history, int64_t n_prompt) {
-  const bool counted = p.presence_penalty != 0 || p.frequency_penalty != 0;
-  if (p.repetition_penalty == 1.0f && !counted) return;
-  counts_.resize(scores_.size());
-  is_seen_.resize(scores_.size());
-  seen_.clear();
-  for (size_t i = 0; i < history.size(); i++) {
-    const auto id = static_cast<size_t>(history[i]);
-    if (history[i] < 0 || id >= scores_.size()) continue;
-    if (!is_seen_[id]) seen_.push_back(history[i]);
-    is_seen_[id] = 1;
-    if (static_cast<int64_t>(i) >= n_prompt) counts_[id]++;
-  }
-  const float scale = p.greedy || p.temperature < kGreedyBelow ? 1.0f : p.temperature;
-  for (const int32_t seen : seen_) {
-    const auto id = static_cast<size_t>(seen);
-    float& x = scores_[id];
-    x = x > 0 ? x / p.repetition_penalty : x * p.repetition_penalty;
-    if (counts_[id] > 0) {
-      x -= (p.presence_penalty + p.frequency_penalty * static_cast<float>(counts_[id])) / scale;
+// Parameters of a row from a whole history; its edits are left in edits_.
+RowSampling Sampler::row_of(const SamplingParams& p, std::span<const int32_t> history, int64_t n_prompt,
+                            uint64_t stream) {
+  edits_.clear();
+  if (p.repetition_penalty != 1.0f || p.presence_penalty != 0 || p.frequency_penalty != 0) {
+    for (size_t i = 0; i < history.size(); i++) {
+      const auto id = static_cast<size_t>(history[i]);
+      if (history[i] < 0 || id >= place_.size()) continue;
+      if (place_[id] == 0) {
+        edits_.push_back({.id = history[i], .seen = 1});
+        place_[id] = static_cast<int32_t>(edits_.size());
+      }
+      edits_[static_cast<size_t>(place_[id] - 1)].count += static_cast<int64_t>(i) >= n_prompt;
     }
-    counts_[id] = 0;
-    is_seen_[id] = 0;
+    for (const LogitEdit& e : edits_) place_[static_cast<size_t>(e.id)] = 0;
+  }
+  return {.temperature = p.greedy ? 0.0f : p.temperature,
+          .top_k = p.top_k,
+          .top_p = p.top_p,
+          .min_p = p.min_p,
+          .repetition = p.repetition_penalty,
+          .presence = p.presence_penalty,
+          .frequency = p.frequency_penalty,
+          .seed = p.seed,
+          .stream = stream,
+          .index = history.size()};
+}
+
+static void apply_edits(std::span<float> scores, const RowSampling& row, std::span<const LogitEdit> edits) {
+  for (const LogitEdit& e : edits) {
+    float& x = scores[static_cast<size_t>(e.id)];
+    if (e.seen != 0) x = x > 0 ? x / row.repetition : x * row.repetition;
+    if (e.count > 0) x -= row.presence + row.frequency * static_cast<float>(e.count);
+    x += e.bias;
   }
 }
 
@@ -138,19 +149,19 @@ void Sampler::keep_top_p(float top_p) {
   pool_.resize(kept);
 }
 
-std::span<const Candidate> Sampler::candidates(std::span<const float> logits, const SamplingParams& p,
-                                               std::span<const int32_t> history, int64_t n_prompt) {
-  scores_.resize(logits.size());
-  for (size_t i = 0; i < logits.size(); i++) scores_[i] = logits[i] / p.temperature;
-  penalize(p, history, n_prompt);
+std::span<const Candidate> Sampler::filter(std::span<const float> logits, const RowSampling& row,
+                                           std::span<const LogitEdit> edits) {
+  scores_.assign(logits.begin(), logits.end());
+  apply_edits(scores_, row, edits);
+  for (float& x : scores_) x /= row.temperature;
   const float max = checked_max(scores_);
-  keep_top_k(p.top_k);
+  keep_top_k(row.top_k);
   for (auto& c : pool_) c.score = std::exp(c.score - max);
-  if (p.top_p < 1.0f) keep_top_p(p.top_p);
+  if (row.top_p < 1.0f) keep_top_p(row.top_p);
   double total = 0;
   size_t kept = 0;
   for (const auto& c : pool_) {  // the largest has exp(0) = 1
-    if (c.score < p.min_p) continue;
+    if (c.score < row.min_p) continue;
     pool_[kept++] = c;
     total += static_cast<double>(c.score);
   }
@@ -161,17 +172,22 @@ std::span<const Candidate> Sampler::candidates(std::span<const float> logits, co
   return kept_;
 }
 
-int32_t Sampler::sample(std::span<const float> logits, const SamplingParams& p, std::span<const int32_t> history,
-                        int64_t n_prompt, uint64_t stream) {
-  MM_CHECK(!logits.empty());
-  if (p.greedy || p.temperature < kGreedyBelow) {
-    if (p.repetition_penalty == 1.0f && p.presence_penalty == 0 && p.frequency_penalty == 0) return argmax(logits);
+std::span<const Candidate> Sampler::candidates(std::span<const float> logits, const SamplingParams& p,
+                                               std::span<const int32_t> history, int64_t n_prompt) {
+  place_.resize(logits.size());
+  const RowSampling row = row_of(p, history, n_prompt, 0);
+  return filter(logits, row, edits_);
+}
+
+int32_t Sampler::draw(std::span<const float> logits, const RowSampling& row, std::span<const LogitEdit> edits) {
+  if (row.temperature < kGreedyBelow) {
+    if (edits.empty()) return argmax(logits);
     scores_.assign(logits.begin(), logits.end());
-    penalize(p, history, n_prompt);
+    apply_edits(scores_, row, edits);
     return argmax(scores_);
   }
-  const auto from = candidates(logits, p, history, n_prompt);
-  const auto bits = philox4x32(p.seed, stream, history.size());
+  const auto from = filter(logits, row, edits);
+  const auto bits = philox4x32(row.seed, row.stream, row.index);
   const double u = static_cast<double>((uint64_t{bits[0]} << 32 | bits[1]) >> 11) * 0x1p-53;  // [0, 1)
   double cumulated = 0;
   for (const auto& c : from) {
@@ -179,6 +195,28 @@ int32_t Sampler::sample(std::span<const float> logits, const SamplingParams& p, 
     if (u < cumulated) return c.id;
   }
   return from.back().id;  // the sum of the rounded probabilities may stay just below 1
+}
+
+int32_t Sampler::sample(std::span<const float> logits, const SamplingParams& p, std::span<const int32_t> history,
+                        int64_t n_prompt, uint64_t stream) {
+  MM_CHECK(!logits.empty());
+  place_.resize(logits.size());
+  const RowSampling row = row_of(p, history, n_prompt, stream);
+  return draw(logits, row, edits_);
+}
+
+int32_t Sampler::sample_row(std::span<const float> logits, const RowSampling& row, std::span<const LogitEdit> edits,
+                            std::span<const uint32_t> mask) {
+  try {
+    if (mask.empty()) return draw(logits, row, edits);
+    checked_max(logits);
+    masked_.assign(logits.begin(), logits.end());
+    for (size_t i = 0; i < masked_.size(); i++)
+      if ((mask[i / 32] >> (i % 32) & 1u) == 0) masked_[i] = -kInf;
+    return draw(masked_, row, edits);
+  } catch (const Error&) {  // of checked_max: nothing else throws
+    return -1;
+  }
 }
 
 float Sampler::logprobs(std::span<const float> logits, int32_t id, int64_t n, std::vector<TokenLogprob>& top) {

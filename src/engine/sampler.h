@@ -5,6 +5,8 @@
 #include <span>
 #include <vector>
 
+#include "kernels/sample.h"
+
 namespace mm {
 
 // Defaults are those of MiniMind's generate(). Filters apply in MiniMind's order:
@@ -51,6 +53,11 @@ class Sampler {
   int32_t sample(std::span<const float> logits, const SamplingParams& params, std::span<const int32_t> history,
                  int64_t n_prompt, uint64_t stream);
 
+  // The same from a row's parameters as an engine step holds them. mask: bits of the allowed tokens, or empty. -1 when
+  // a logit is NaN or +infinity, or when nothing is left to draw.
+  int32_t sample_row(std::span<const float> logits, const RowSampling& row, std::span<const LogitEdit> edits,
+                     std::span<const uint32_t> mask);
+
   // What sample() draws from (not greedy): the tokens that pass the filters. Valid until the next call.
   std::span<const Candidate> candidates(std::span<const float> logits, const SamplingParams& params,
                                         std::span<const int32_t> history, int64_t n_prompt);
@@ -60,7 +67,10 @@ class Sampler {
   float logprobs(std::span<const float> logits, int32_t id, int64_t n, std::vector<TokenLogprob>& top);
 
  private:
-  void penalize(const SamplingParams& params, std::span<const int32_t> history, int64_t n_prompt);
+  RowSampling row_of(const SamplingParams& params, std::span<const int32_t> history, int64_t n_prompt, uint64_t stream);
+  std::span<const Candidate> filter(std::span<const float> logits, const RowSampling& row,
+                                    std::span<const LogitEdit> edits);
+  int32_t draw(std::span<const float> logits, const RowSampling& row, std::span<const LogitEdit> edits);
   void keep_top_k(int64_t k);
   void keep_top_p(float top_p);
 
@@ -69,9 +79,9 @@ class Sampler {
     int32_t id;
   };
   std::vector<float> scores_;     // [n_vocab] processed logits
-  std::vector<int32_t> counts_;   // [n_vocab] times generated, all zero between calls
-  std::vector<int32_t> seen_;     // distinct ids of the history
-  std::vector<uint8_t> is_seen_;  // [n_vocab] all zero between calls
+  std::vector<float> masked_;     // [n_vocab] logits with what the mask forbids at -infinity
+  std::vector<LogitEdit> edits_;  // of a history
+  std::vector<int32_t> place_;    // [n_vocab] index in edits_ plus 1, all zero between calls
   std::vector<Scored> pool_;      // candidates while filtering
   std::vector<float> values_;     // scratch of the k-th largest
   std::vector<Candidate> kept_;

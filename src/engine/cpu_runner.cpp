@@ -1,0 +1,114 @@
+#include "engine/cpu_runner.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "base/error.h"
+#include "base/thread_team.h"
+#include "engine/sampler.h"
+#include "kernels/cpu/infer.h"
+
+namespace mm {
+
+// Keys and values of all layers, then the scales.
+static InferKv kv_views(const ModelConfig& c, KvFormat format, int64_t n_row, const Buffer& buffer) {
+  const int64_t stride = n_row * c.kv_width(), n = c.num_hidden_layers * stride;
+  const auto bytes = static_cast<size_t>(n) * kv_element_bytes(format);
+  char* p = static_cast<char*>(buffer.data());
+  InferKv kv{.format = format, .k = p, .v = p + bytes, .layer_stride = stride};
+  if (format == KvFormat::i8) {
+    kv.k_scale = reinterpret_cast<float*>(p + 2 * bytes);
+    kv.v_scale = kv.k_scale + n / c.head_dim;
+  }
+  return kv;
+}
+
+CpuRunner::CpuRunner(const Model& model, const EngineOptions& options, const RunnerLimits& limits)
+    : options_(options),
+      limits_(limits),
+      weights_(model, options.weights, limits.context),
+      kv_buffer_(static_cast<size_t>(limits.n_row) * kv_bytes_per_token(model.config, options.kv)),
+      scratch_(cpu::infer_scratch_bytes(weights_.model(), limits.max_tok, limits.max_out)),
+      logits_(static_cast<size_t>(limits.max_out * model.config.vocab_size) * sizeof(float)),
+      hidden_(static_cast<size_t>(limits.max_out * model.config.hidden_size) * sizeof(float)),
+      kv_(kv_views(model.config, options.kv, limits.n_row, kv_buffer_)),
+      samplers_(static_cast<size_t>(num_threads())) {}
+
+static void copy_rows(const InferModel& m, const InferKv& kv, const RowCopy& c) {
+  const auto width = static_cast<size_t>(m.n_kv_head * m.d_head), size = kv_element_bytes(kv.format);
+  const auto n = static_cast<size_t>(c.count), from = static_cast<size_t>(c.from), to = static_cast<size_t>(c.to);
+  for (int64_t l = 0; l < m.n_layer; l++) {
+    const auto base = static_cast<size_t>(l * kv.layer_stride);
+    for (void* rows : {kv.k, kv.v}) {
+      char* p = static_cast<char*>(rows) + base * size;
+      std::memmove(p + to * width * size, p + from * width * size, n * width * size);
+    }
+    if (kv.format != KvFormat::i8) continue;
+    const auto heads = static_cast<size_t>(m.n_kv_head);
+    for (float* scales : {kv.k_scale, kv.v_scale}) {
+      float* p = scales + base / static_cast<size_t>(m.d_head);
+      std::memmove(p + to * heads, p + from * heads, n * heads * sizeof(float));
+    }
+  }
+}
+
+void CpuRunner::submit(const StepBatch& b) {
+  const InferModel& m = weights_.model();
+  MM_CHECK(b.n_tok() > 0 && b.n_tok() <= limits_.max_tok && b.n_out() <= limits_.max_out);
+  for (const RowCopy& c : b.copies) copy_rows(m, kv_, c);
+  size_t width = 1;
+  for (const auto& t : b.tables) width = std::max(width, t.size());
+  table_.assign(b.tables.size() * width, 0);
+  for (size_t s = 0; s < b.tables.size(); s++)
+    std::copy(b.tables[s].begin(), b.tables[s].end(), table_.begin() + static_cast<std::ptrdiff_t>(s * width));
+  const InferStep step{.n_tok = b.n_tok(),
+                       .n_seq = b.n_seq(),
+                       .n_out = b.n_out(),
+                       .ids = b.ids.data(),
+                       .positions = b.positions.data(),
+                       .slots = b.slots.data(),
+                       .cu = b.cu.data(),
+                       .kv_len = b.kv_len.data(),
+                       .table = table_.data(),
+                       .table_ld = static_cast<int64_t>(width),
+                       .block_shift = b.block_shift,
+                       .out_rows = b.out_rows.data(),
+                       .logits = b.hidden ? nullptr : logits_.f32(),
+                       .hidden = b.hidden ? hidden_.f32() : nullptr};
+  cpu::infer_step(m, kv_, step, scratch_.data(), options_.batch_invariant);
+
+  const auto n_out = static_cast<size_t>(b.n_out()), vocab = static_cast<size_t>(m.n_vocab);
+  result_.ids.clear();
+  result_.logits.clear();
+  result_.hidden.clear();
+  if (b.hidden) {
+    result_.hidden.assign(hidden_.f32(), hidden_.f32() + n_out * static_cast<size_t>(m.d_model));
+    return;
+  }
+  result_.ids.resize(n_out);
+  const auto words = (vocab + 31) / 32;
+  const auto draw = [&](int64_t row, int thread) {
+    const auto i = static_cast<size_t>(row);
+    const RowSampling& r = b.sampling[i];
+    const std::span<const LogitEdit> edits(b.edits.data() + r.edits_begin, b.edits.data() + r.edits_end);
+    std::span<const uint32_t> mask;
+    if (r.mask >= 0) mask = {b.masks.data() + static_cast<size_t>(r.mask) * words, words};
+    result_.ids[i] =
+        samplers_[static_cast<size_t>(thread)].sample_row({logits_.f32() + i * vocab, vocab}, r, edits, mask);
+  };
+  if (n_out == 1) draw(0, 0);
+  else parallel_dynamic(b.n_out(), draw);
+  for (const int32_t i : b.logits_of) {
+    const float* row = logits_.f32() + static_cast<size_t>(i) * vocab;
+    result_.logits.insert(result_.logits.end(), row, row + vocab);
+  }
+}
+
+void CpuRunner::collect(StepResult& result) { std::swap(result, result_); }
+
+std::string CpuRunner::description() const {
+  return fmt::format("cpu, {} threads, {} weights, {} keys and values", num_threads(),
+                     weight_format_name(options_.weights), kv_format_name(options_.kv));
+}
+
+}  // namespace mm
