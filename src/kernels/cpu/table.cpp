@@ -14,7 +14,7 @@ namespace cpu {
 
 const SimdTable& simd() {
 #ifdef MM_X86
-  static const SimdTable& chosen = selected_isa() == Isa::avx512 ? avx512::table
+  static const SimdTable& chosen = selected_isa() >= Isa::avx512 ? avx512::table
                                    : selected_isa() == Isa::avx2 ? avx2::table
                                                                  : scalar::table;
   return chosen;

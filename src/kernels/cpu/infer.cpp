@@ -1,0 +1,110 @@
+// The model's step on the CPU. Stages of a layer and who splits them; every "|" is a spin barrier:
+//
+//   norm, qkv product | rotation, write of k and v, attention | o product + x | norm, gate and up product, SwiGLU |
+//   down product + x |
+//
+// Products are split by rows of the weights, the same rows for the same thread in every step, so that a thread's part
+// stays in its caches as far as it fits. With one token each thread prepares the operand (norm, quantization) for
+// itself, which costs less than a barrier; with more the rows are split and a barrier follows. Floor of a decode step:
+// the bytes of the packed weights and of the keys and values over the bandwidth of the level that holds them.
+#include "kernels/cpu/infer.h"
+
+#include <cstring>
+
+#include "base/thread_team.h"
+#include "kernels/cpu/infer_worker.h"
+
+namespace mm::cpu {
+
+Worker::Worker(StepShared& shared, int thread, int n_thread)
+    : s_(shared), m_(shared.model), step_(shared.step), k_(shared.k), p_(shared.plan), t_(thread), n_(n_thread) {
+  b_.lay_out(p_.thread_memory + p_.thread_bytes * t_, p_, m_.n_head / m_.n_kv_head, m_.d_head);
+}
+
+void Worker::embed() {
+  for (int64_t t = begin_of(p_.n_tok); t < end_of(p_.n_tok); t++) {
+    const int64_t at = step_.ids[t] * m_.d_model;
+    float* to = p_.x + t * m_.d_model;
+    if (m_.embed.format == WeightFormat::bf16)
+      k_.bf16_row(to, static_cast<const uint16_t*>(m_.embed.data) + at, m_.d_model);
+    else std::memcpy(to, static_cast<const float*>(m_.embed.data) + at, static_cast<size_t>(m_.d_model) * 4);
+  }
+  barrier();
+}
+
+void Worker::attention_half(const InferLayer& layer, int64_t l) {
+  const int64_t d = m_.d_model;
+  const Operand h = prepare(layer.qkv, p_.n_tok, s_.alone,
+                            [&](int64_t r, float* to) { k_.norm_row(to, p_.x + r * d, layer.input_norm, m_.eps, d); });
+  product(h, 0, p_.n_tok, layer.qkv, p_.qkv, layer.qkv.n, false);
+  barrier();
+  if (s_.decode) {
+    attend_decode(layer, l);
+  } else {
+    rope_and_store(layer, l);
+    barrier();
+    attend_tasks(l);
+  }
+  barrier();
+  const Operand a = prepare(layer.o, p_.n_tok, s_.alone, [&](int64_t r, float* to) { combine_token(r, to); });
+  product(a, 0, p_.n_tok, layer.o, p_.x, d, true);
+  barrier();
+}
+
+void Worker::ffn_half(const InferLayer& layer) {
+  if (m_.n_expert > 0) {
+    moe_half(layer);
+    return;
+  }
+  const int64_t d = m_.d_model;
+  const Operand h = prepare(layer.gate_up, p_.n_tok, s_.alone,
+                            [&](int64_t r, float* to) { k_.norm_row(to, p_.x + r * d, layer.post_norm, m_.eps, d); });
+  const FfnGroup all{&layer.gate_up, &layer.down, 0, p_.n_tok};
+  Operand act{kind_for(layer.down, p_.n_tok), 0, 0, p_.act};
+  ffn_inner(h, &all, 1, &act);
+  product(act, 0, p_.n_tok, layer.down, p_.x, d, true);
+  barrier();
+}
+
+void Worker::head() {
+  const int64_t d = m_.d_model, n = p_.n_out;
+  if (n == 0) return;
+  const bool alone = n == 1;
+  const Operand h = prepare(m_.head, n, alone, [&](int64_t r, float* to) {
+    k_.norm_row(to, p_.x + step_.out_rows[r] * d, m_.final_norm, m_.eps, d);
+    if (step_.hidden != nullptr && (!alone || t_ == 0))
+      std::memcpy(step_.hidden + r * d, to, static_cast<size_t>(d) * 4);
+  });
+  if (step_.logits != nullptr) product(h, 0, n, m_.head, step_.logits, m_.n_vocab, false);
+}
+
+void Worker::run() {
+  k_.begin_thread();
+  embed();
+  for (int64_t l = 0; l < m_.n_layer; l++) {
+    attention_half(m_.layers[l], l);
+    ffn_half(m_.layers[l]);
+  }
+  head();
+  k_.end_thread();
+}
+
+void infer_step(const InferModel& model, const InferKv& kv, const InferStep& step, void* scratch,
+                bool batch_invariant) {
+  infer_step_with(infer_kernels(), model, kv, step, scratch, batch_invariant);
+}
+
+void infer_step_with(const InferKernels& kernels, const InferModel& model, const InferKv& kv, const InferStep& step,
+                     void* scratch, bool batch_invariant) {
+  if (step.n_tok == 0) return;
+  StepShared shared{.model = model, .kv = kv, .step = step, .k = kernels, .invariant = batch_invariant};
+  shared.plan.lay_out(static_cast<char*>(scratch), model, step.n_tok, step.n_out, num_threads());
+  shared.decode = !batch_invariant && step.n_tok == step.n_seq;
+  for (int64_t s = 0; s < step.n_seq; s++) shared.decode = shared.decode && step.cu[s + 1] - step.cu[s] == 1;
+  shared.alone = step.n_tok == 1;
+  shared.next_task[0] = shared.next_task[1] = 0;
+  if (shared.decode) split_keys(shared, num_threads());
+  parallel_team([&](int thread, int n_thread) { Worker(shared, thread, n_thread).run(); });
+}
+
+}  // namespace mm::cpu

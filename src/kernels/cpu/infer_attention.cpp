@@ -1,0 +1,181 @@
+// Attention of the inference step: rotation and write of new keys and values, then either tasks of (sequence, block of
+// tokens, kv head), long ones first, handed out one by one; or, in a decode step, an even split of all keys over the
+// threads, where a (sequence, kv head) cut by a border leaves partial sums that the next stage combines.
+#include <cmath>
+#include <cstring>
+
+#include "kernels/cpu/infer_worker.h"
+
+namespace mm::cpu {
+
+namespace {
+
+int64_t kv_bytes(KvFormat format) {
+  switch (format) {
+    case KvFormat::f32: return 4;
+    case KvFormat::bf16:
+    case KvFormat::f16: return 2;
+    case KvFormat::i8: return 1;
+  }
+  return 0;
+}
+
+int64_t key_blocks(int64_t n_key) { return (n_key + infer_key_block - 1) / infer_key_block; }
+
+// Position `at` of the sum over items of (blocks + 1): an item costs something of its own.
+constexpr int64_t item_cost = 1;
+
+}  // namespace
+
+void split_keys(StepShared& shared, int n_thread) {
+  const InferStep& step = shared.step;
+  KeyBoundary* bounds = shared.plan.bounds;
+  const int64_t n_kv = shared.model.n_kv_head, n_item = step.n_seq * n_kv;
+  int64_t total = 0;
+  for (int64_t s = 0; s < step.n_seq; s++) total += n_kv * (key_blocks(step.kv_len[s]) + item_cost);
+  int64_t item = 0, passed = 0;
+  for (int t = 0; t <= n_thread; t++) {
+    const int64_t at = total * t / n_thread;
+    while (item < n_item && passed + key_blocks(step.kv_len[item / n_kv]) + item_cost <= at) {
+      passed += key_blocks(step.kv_len[item / n_kv]) + item_cost;
+      item++;
+    }
+    bounds[t] = {item, std::max<int64_t>(0, at - passed - item_cost)};
+  }
+}
+
+AttendArgs Worker::attend_args(int64_t seq, int kv_head, int64_t l) const {
+  const InferKv& kv = s_.kv;
+  const int64_t dh = m_.d_head, bytes = kv_bytes(kv.format);
+  const int64_t offset = (l * kv.layer_stride + kv_head * dh) * bytes;
+  const int64_t scale_offset = l * (kv.layer_stride / dh) + kv_head;
+  const bool scaled = kv.format == KvFormat::i8;
+  return {.group = m_.n_head / m_.n_kv_head,
+          .d_head = m_.d_head,
+          .scale = m_.attention_scale,
+          .format = kv.format,
+          .k = static_cast<const char*>(kv.k) + offset,
+          .v = static_cast<const char*>(kv.v) + offset,
+          .k_scale = scaled ? kv.k_scale + scale_offset : nullptr,
+          .v_scale = scaled ? kv.v_scale + scale_offset : nullptr,
+          .ld_kv = m_.n_kv_head * dh,
+          .ld_scale = m_.n_kv_head,
+          .table = step_.table + seq * step_.table_ld,
+          .block_shift = step_.block_shift,
+          .scratch = b_.attend};
+}
+
+void Worker::rope_q(const InferLayer& layer, int64_t token, int head, float* to) const {
+  const int64_t dh = m_.d_head, at = step_.positions[token] * (dh / 2);
+  k_.rope_head(to, p_.qkv + token * layer.qkv.n + head * dh, layer.q_norm, m_.cos + at, m_.sin + at, m_.eps, m_.d_head);
+}
+
+void Worker::store_kv(const InferLayer& layer, int64_t token, int kv_head, int64_t l) {
+  const InferKv& kv = s_.kv;
+  const int64_t dh = m_.d_head, at = step_.positions[token] * (dh / 2), slot = step_.slots[token];
+  const float* k = p_.qkv + token * layer.qkv.n + (m_.n_head + kv_head) * dh;
+  k_.rope_head(b_.row, k, layer.k_norm, m_.cos + at, m_.sin + at, m_.eps, m_.d_head);
+  const int64_t offset = (l * kv.layer_stride + (slot * m_.n_kv_head + kv_head) * dh) * kv_bytes(kv.format);
+  const int64_t scale = l * (kv.layer_stride / dh) + slot * m_.n_kv_head + kv_head;
+  const bool scaled = kv.format == KvFormat::i8;
+  k_.put_kv(kv.format, static_cast<char*>(kv.k) + offset, scaled ? kv.k_scale + scale : nullptr, b_.row, dh);
+  k_.put_kv(kv.format, static_cast<char*>(kv.v) + offset, scaled ? kv.v_scale + scale : nullptr, k + m_.n_kv_head * dh,
+            dh);
+}
+
+void Worker::rope_and_store(const InferLayer& layer, int64_t l) {
+  for (int64_t t = begin_of(p_.n_tok); t < end_of(p_.n_tok); t++) {
+    for (int h = 0; h < m_.n_head; h++) rope_q(layer, t, h, p_.qkv + t * layer.qkv.n + h * m_.d_head);
+    for (int h = 0; h < m_.n_kv_head; h++) store_kv(layer, t, h, l);
+  }
+}
+
+void Worker::attend_tasks(int64_t l) {
+  std::atomic<int64_t>& next = s_.next_task[l % 2];
+  if (t_ == 0) s_.next_task[(l + 1) % 2] = 0;  // all are past the layer before and not yet in the next
+  const int64_t group = m_.n_head / m_.n_kv_head, dh = m_.d_head;
+  const int64_t block = std::max<int64_t>(1, attend_rows / group);
+  const int64_t width = m_.layers[l].qkv.n;
+  const bool f32 = m_.layers[l].qkv.format == WeightFormat::f32;
+  int64_t seq = 0, first = 0;  // tasks of earlier sequences
+  for (int64_t i = next++;; i = next++) {
+    const auto blocks = [&] { return (step_.cu[seq + 1] - step_.cu[seq] + block - 1) / block; };
+    while (seq < step_.n_seq && i - first >= blocks() * m_.n_kv_head) first += blocks() * m_.n_kv_head, seq++;
+    if (seq == step_.n_seq) return;
+    const int64_t q_len = step_.cu[seq + 1] - step_.cu[seq];
+    const int64_t begin = (blocks() - 1 - (i - first) / m_.n_kv_head) * block;  // the last tokens see most keys
+    const auto head = static_cast<int>((i - first) % m_.n_kv_head);
+    AttendArgs a = attend_args(seq, head, l);
+    a.n_tok = std::min(block, q_len - begin);
+    a.q = p_.qkv + (step_.cu[seq] + begin) * width + head * group * dh;
+    a.ldq = width;
+    a.visible = step_.kv_len[seq] - q_len + begin + 1;
+    a.key_end = a.visible + a.n_tok - 1;
+    a.out = p_.attn + (step_.cu[seq] + begin) * m_.n_head * dh + head * group * dh;
+    a.ldo = m_.n_head * dh;
+    (f32 ? k_.attend : k_.attend_bf16)(a);
+  }
+}
+
+// Partial sums of thread t: slot 2 t of a segment that starts inside its item, 2 t + 1 of one that starts it.
+void Worker::attend_decode(const InferLayer& layer, int64_t l) {
+  const int64_t group = m_.n_head / m_.n_kv_head, dh = m_.d_head;
+  const KeyBoundary from = p_.bounds[t_], to = p_.bounds[t_ + 1];
+  const bool f32 = layer.qkv.format == WeightFormat::f32;
+  for (int64_t item = from.item; item < to.item || (item == to.item && to.block > 0); item++) {
+    const int64_t seq = item / m_.n_kv_head, n_key = step_.kv_len[seq];
+    const auto head = static_cast<int>(item % m_.n_kv_head);
+    const int64_t begin = item == from.item ? from.block : 0;
+    const bool last = item != to.item;
+    if (!last && begin == to.block) break;  // nothing of it
+    if (last) store_kv(layer, seq, head, l);
+    for (int64_t h = 0; h < group; h++) rope_q(layer, seq, static_cast<int>(head * group + h), b_.q + h * dh);
+    AttendArgs a = attend_args(seq, head, l);
+    a.q = b_.q;
+    a.n_tok = 1;
+    a.visible = n_key;
+    a.key_begin = begin * infer_key_block;
+    a.key_end = last ? n_key : to.block * infer_key_block;
+    if (begin > 0 || !last) {
+      a.partial = p_.partial + (2 * t_ + (begin > 0 ? 0 : 1)) * p_.partial_floats;
+    } else {
+      a.out = p_.attn + seq * m_.n_head * dh + head * group * dh;
+    }
+    (f32 ? k_.attend : k_.attend_bf16)(a);
+  }
+}
+
+void Worker::combine_token(int64_t token, float* to) const {
+  const int64_t group = m_.n_head / m_.n_kv_head, dh = m_.d_head, n = group * dh;
+  for (int64_t kv_head = 0; kv_head < m_.n_kv_head; kv_head++, to += n) {
+    const int64_t item = token * m_.n_kv_head + kv_head;
+    int first = 1;  // the first border inside the item
+    while (s_.decode && first < n_ && (p_.bounds[first].item != item || p_.bounds[first].block == 0)) first++;
+    if (!s_.decode || first >= n_) {
+      std::memcpy(to, p_.attn + item * n, static_cast<size_t>(n) * 4);
+      continue;
+    }
+    for (int64_t h = 0; h < group; h++) {
+      const auto for_parts = [&](auto&& f) {
+        const auto part = [&](int slot) { f(p_.partial + slot * p_.partial_floats + h * (dh + 2)); };
+        part(2 * (first - 1) + 1);
+        for (int t = first; t < n_ && p_.bounds[t].item == item; t++) {
+          const KeyBoundary &b = p_.bounds[t], &e = p_.bounds[t + 1];
+          if (b.item != e.item || b.block != e.block) part(2 * t);
+        }
+      };
+      float top = -INFINITY, sum = 0;
+      for_parts([&](const float* part) { top = part[dh] > top ? part[dh] : top; });
+      const float shift = top == -INFINITY ? 0.0f : top;
+      std::memset(to + h * dh, 0, static_cast<size_t>(dh) * 4);
+      for_parts([&](const float* part) {
+        const float weight = std::exp(part[dh] - shift);
+        sum += weight * part[dh + 1];
+        k_.axpy(to + h * dh, weight, part, dh);
+      });
+      k_.scale(to + h * dh, 1.0f / sum, dh);
+    }
+  }
+}
+
+}  // namespace mm::cpu

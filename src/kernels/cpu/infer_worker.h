@@ -1,0 +1,97 @@
+// One thread of the CPU inference step, and what the threads share. The parts of the step lie in infer*.cpp.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+#include "base/spin_barrier.h"
+#include "kernels/cpu/infer_plan.h"
+
+namespace mm::cpu {
+
+struct StepShared {
+  const InferModel& model;
+  const InferKv& kv;
+  const InferStep& step;
+  const InferKernels& k;
+  StepPlan plan;
+  bool invariant = false;
+  bool decode = false;  // every sequence has one token, so keys may be split over threads
+  bool alone = false;   // so few tokens that every thread prepares the operands for itself
+  int64_t n_group = 1;
+  SpinBarrier barrier;
+  std::atomic<int64_t> next_task[2] = {0, 0};  // attention's, of even and odd layers
+};
+
+// Stages are collective: all workers call them in the same order, and a stage that others read ends with a barrier.
+class Worker {
+ public:
+  Worker(StepShared& shared, int thread, int n_thread);
+  void run();
+
+ private:
+  // infer.cpp
+  void embed();
+  void attention_half(const InferLayer& layer, int64_t l);
+  void ffn_half(const InferLayer& layer);
+  void head();
+
+  // infer_product.cpp
+  OperandKind kind_for(const InferMatrix& w, int64_t rows) const;
+  bool use_few(const Operand& x, int64_t rows) const;
+  void put_cols(const Operand& to, int64_t r, int64_t begin, int64_t n, const float* x) const;
+  void finish_row(const Operand& to, int64_t r) const;  // zeros behind k
+  void put_row(const Operand& to, int64_t r, const float* x) const;
+  void few(float* c, const Operand& x, int64_t row0, int64_t rows, const InferMatrix& w, int64_t panel,
+           int64_t panels) const;
+  void many(float* c, const Operand& x, int64_t row0, int64_t rows, int64_t panels, const uint16_t* tiles) const;
+  const uint16_t* expanded(const InferMatrix& w, int64_t panel, int64_t panels, int64_t slot) const;
+  // This thread's columns of x w^T; row row0 + r goes to out + r * ldo. No barrier.
+  void product(const Operand& x, int64_t row0, int64_t rows, const InferMatrix& w, float* out, int64_t ldo, bool add);
+  void product_swiglu(const Operand& x, const FfnGroup& g, const Operand& act);
+  // act = silu(gate) * up of all groups. Ends with a barrier.
+  void ffn_inner(const Operand& x, const FfnGroup* groups, int64_t n_group, Operand* act);
+  // The operand of a product with w; make(r, to) writes row r as fp32. Ends with a barrier unless `alone`.
+  template <class F>
+  Operand prepare(const InferMatrix& w, int64_t rows, bool alone, F&& make) {
+    const Operand to{kind_for(w, rows), w.k, padded_k(w.k), alone ? b_.operand : p_.operand};
+    for (int64_t r = alone ? 0 : begin_of(rows); r < (alone ? rows : end_of(rows)); r++) {
+      make(r, b_.row);
+      put_row(to, r, b_.row);
+    }
+    if (!alone) barrier();
+    return to;
+  }
+
+  // infer_attention.cpp
+  AttendArgs attend_args(int64_t seq, int kv_head, int64_t l) const;
+  void rope_q(const InferLayer& layer, int64_t token, int head, float* to) const;
+  void store_kv(const InferLayer& layer, int64_t token, int kv_head, int64_t l);
+  void rope_and_store(const InferLayer& layer, int64_t l);
+  void attend_tasks(int64_t l);
+  void attend_decode(const InferLayer& layer, int64_t l);
+  void combine_token(int64_t token, float* to) const;  // attention of one token, all heads
+
+  // infer_moe.cpp
+  void route(const InferLayer& layer, int64_t token);
+  void order_experts(const InferLayer& layer);
+  void moe_half(const InferLayer& layer);
+
+  void barrier() { s_.barrier.wait(n_); }
+  // This thread's part of n units of work.
+  int64_t begin_of(int64_t n) const { return n * t_ / n_; }
+  int64_t end_of(int64_t n) const { return n * (t_ + 1) / n_; }
+
+  StepShared& s_;
+  const InferModel& m_;
+  const InferStep& step_;
+  const InferKernels& k_;
+  const StepPlan& p_;
+  int t_, n_;
+  ThreadBuffers b_;
+};
+
+// The split of a decode step's keys over the threads, into plan.bounds.
+void split_keys(StepShared& shared, int n_thread);
+
+}  // namespace mm::cpu
