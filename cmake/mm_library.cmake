@@ -15,7 +15,7 @@ function(mm_library name)
   target_link_libraries(mm_${name} PUBLIC ${ARG_DEPS})
 endfunction()
 
-# kernels/: ops.cpp and ref/ once; every cpu/simd/*.cpp once for each instruction set, in a namespace of its own. Those units
+# kernels/: ops.cpp and ref/ once; every cpu/simd/*.cpp once for each of three instruction sets, in a namespace of its own. Those units
 # include only headers whose functions are all in that namespace: an inline function shared by two of them would link to
 # only one version.
 function(mm_kernels)
@@ -39,6 +39,19 @@ function(mm_kernels)
     target_compile_definitions(mm_kernels_${isa} PRIVATE MM_ISA=${isa})
     list(APPEND objects $<TARGET_OBJECTS:mm_kernels_${isa}>)
   endforeach()
+  # Units with intrinsics for one instruction set each, under the same rule about headers.
+  if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+    file(GLOB isa_sources CONFIGURE_DEPENDS src/kernels/cpu/isa/*.cpp)
+    set(flags_avx512_bf16 ${flags_avx512} -mavx512vnni -mavx512bf16)
+    set(flags_amx ${flags_avx512_bf16} -mamx-tile -mamx-bf16)
+    foreach(source ${isa_sources})
+      string(REGEX REPLACE ".*/infer_(.*)\\.cpp" "\\1" isa ${source})
+      # g++ 12 takes _mm512_undefined_* of its own headers for uninitialised.
+      set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS
+        "${flags_${isa}};-O3;-fno-math-errno;-ffp-contract=fast;-Wno-maybe-uninitialized")
+    endforeach()
+    list(APPEND sources ${isa_sources})
+  endif()
   if(MM_CUDA)
     file(GLOB cuda_sources CONFIGURE_DEPENDS src/kernels/cuda/*.cpp src/kernels/cuda/*.cu)
     list(FILTER cuda_sources EXCLUDE REGEX "_test\\.(cpp|cu)$")
@@ -54,7 +67,7 @@ endfunction()
 
 function(mm_tests)
   add_custom_target(unit_tests)
-  foreach(name base tensor prof text grammar kernels formats data model train engine eval lab)
+  foreach(name base tensor prof text grammar kernels formats data model train engine serve eval lab)
     file(GLOB sources CONFIGURE_DEPENDS src/${name}/*_test.cpp src/${name}/*/*_test.cpp)
     if(sources)
       add_executable(${name}_test ${sources})

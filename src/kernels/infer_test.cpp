@@ -423,7 +423,7 @@ TEST(Infer, StepsMatchTheReference) {
         int threads = 0;
         for (const auto& [isa, kernels] : cpu::all_infer_kernels()) {
           const Threads team(threads++ % 4 + 1);
-          Session session(model, *kernels, kv, false);
+          Session session(model, kernels, kv, false);
           const auto v = static_cast<size_t>(shape.vocab);
           const auto check = [&](const std::vector<float>& got, size_t at, const std::vector<double>& ref, size_t first,
                                  size_t n, const char* what) {
@@ -461,7 +461,7 @@ TEST(Infer, ManySequencesDecodeAlike) {
   for (const auto& [isa, kernels] : cpu::all_infer_kernels()) {
     for (const int threads : {1, 3, 4}) {
       const Threads team(threads);
-      Session session(model, *kernels, KvFormat::bf16, false);
+      Session session(model, kernels, KvFormat::bf16, false);
       std::vector<std::vector<int32_t>> ids(20);
       std::vector<std::vector<double>> refs;
       for (size_t s = 0; s < ids.size(); s++) {
@@ -491,10 +491,10 @@ TEST(Infer, BatchInvariantModeRepeatsBits) {
         std::vector<float> whole;
         {
           const Threads team(1);
-          whole = Session(model, *kernels, KvFormat::bf16, true).step({ids});
+          whole = Session(model, kernels, KvFormat::bf16, true).step({ids});
         }
         const Threads team(4);
-        Session session(model, *kernels, KvFormat::bf16, true);
+        Session session(model, kernels, KvFormat::bf16, true);
         std::vector<float> pieces;
         for (size_t at = 0, n = 1; at < ids.size(); at += n, n = n % 37 * 3 + 1) {
           n = std::min(n, ids.size() - at);
@@ -521,7 +521,7 @@ TEST(Infer, NotANumberReachesItsOwnSequenceOnly) {
       const auto v = static_cast<size_t>(model.shape.vocab);
       for (const auto& [isa, kernels] : cpu::all_infer_kernels()) {
         for (const size_t prompt : {size_t{1}, size_t{40}}) {
-          Session session(model, *kernels, KvFormat::bf16, false);
+          Session session(model, kernels, KvFormat::bf16, false);
           std::vector<int32_t> sound(prompt, 2), broken(prompt, 2);
           broken[0] = 3;
           session.step({sound, broken});

@@ -5,6 +5,7 @@
 #include "base/error.h"
 #include "base/thread_team.h"
 #include "kernels/cpu/infer.h"
+#include "kernels/cpu/isa/infer_isa.h"
 
 namespace mm::cpu {
 
@@ -19,29 +20,29 @@ int64_t panel_bytes(WeightFormat format, int64_t k) {
   return 0;
 }
 
-std::vector<std::pair<Isa, const InferKernels*>> all_infer_kernels() {
-  std::vector<std::pair<Isa, const InferKernels*>> v;
-  for (const Isa isa : available_isas()) {
-    switch (isa) {
-      case Isa::scalar: v.emplace_back(isa, &scalar::infer_kernels); break;
+namespace {
+
+InferKernels kernels_of(Isa isa) {
+  InferKernels k = scalar::infer_kernels;
 #ifdef MM_X86
-      case Isa::avx2: v.emplace_back(isa, &avx2::infer_kernels); break;
-      case Isa::avx512: v.emplace_back(isa, &avx512::infer_kernels); break;
+  if (isa == Isa::avx2) k = avx2::infer_kernels;
+  if (isa >= Isa::avx512) k = avx512::infer_kernels;
+  if (isa >= Isa::avx512_bf16) use_avx512_bf16(&k);
+  if (isa >= Isa::amx) use_amx(&k);
 #endif
-      default: break;
-    }
-  }
+  return k;
+}
+
+}  // namespace
+
+std::vector<std::pair<Isa, InferKernels>> all_infer_kernels() {
+  std::vector<std::pair<Isa, InferKernels>> v;
+  for (const Isa isa : available_isas()) v.emplace_back(isa, kernels_of(isa));
   return v;
 }
 
 const InferKernels& infer_kernels() {
-  static const InferKernels& chosen = [&]() -> const InferKernels& {
-    const InferKernels* best = nullptr;
-    for (const auto& [isa, kernels] : all_infer_kernels()) {
-      if (isa <= selected_isa()) best = kernels;
-    }
-    return *best;
-  }();
+  static const InferKernels chosen = kernels_of(selected_isa());
   return chosen;
 }
 

@@ -22,7 +22,7 @@ int64_t panel_bytes(WeightFormat format, int64_t k);
 
 const InferKernels& infer_kernels();  // of selected_isa()
 // Of every instruction set that this machine has, for tests.
-std::vector<std::pair<Isa, const InferKernels*>> all_infer_kernels();
+std::vector<std::pair<Isa, InferKernels>> all_infer_kernels();
 // infer_step with kernels chosen by the caller.
 void infer_step_with(const InferKernels& kernels, const InferModel& model, const InferKv& kv, const InferStep& step,
                      void* scratch, bool batch_invariant);

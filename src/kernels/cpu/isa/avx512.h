@@ -1,0 +1,61 @@
+// Helpers of the AVX-512 units. All functions are static: every unit that includes this keeps code for its own
+// instruction set.
+#pragma once
+
+#include <immintrin.h>
+#include <stddef.h>
+#include <stdint.h>
+
+namespace mm {
+
+#define MM_INLINE static inline __attribute__((always_inline))
+
+MM_INLINE __mmask16 first_lanes(int64_t n) {
+  return n >= 16 ? static_cast<__mmask16>(0xffff) : static_cast<__mmask16>((1u << n) - 1u);
+}
+
+// exp as simd_math.h computes it.
+MM_INLINE __m512 exp_ps(__m512 x) {
+  const __m512 low = _mm512_set1_ps(-87.3f);
+  const __mmask16 vanish = _mm512_cmp_ps_mask(x, low, _CMP_LT_OQ);
+  // min and max return their second operand where one is NaN, so NaN stays.
+  const __m512 c = _mm512_max_ps(low, _mm512_min_ps(_mm512_set1_ps(88.7f), x));
+  const __m512 n =
+      _mm512_roundscale_ps(_mm512_mul_ps(c, _mm512_set1_ps(1.44269504088896341f)), _MM_FROUND_TO_NEAREST_INT);
+  const __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f),
+                                    _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), c));
+  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
+  p = _mm512_fmadd_ps(_mm512_mul_ps(p, r), r, _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
+  return _mm512_maskz_scalef_ps(static_cast<__mmask16>(~vanish), p, n);
+}
+
+// Two bf16 a lane, the even and the odd one of each pair, as floats.
+MM_INLINE __m512 even_bf16(__m512i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); }
+MM_INLINE __m512 odd_bf16(__m512i x) {
+  return _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+MM_INLINE __m512 widen_bf16(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+
+// Round to nearest even; NaN becomes a quiet NaN.
+MM_INLINE __m256i narrow_bf16(__m512 x) {
+  const __m512i u = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i rounded =
+      _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(
+      rounded, nan, _mm512_or_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(0x40))));
+}
+
+MM_INLINE __m512i set1_quad(const void* four_bytes) {
+  int32_t v;
+  __builtin_memcpy(&v, four_bytes, 4);
+  return _mm512_set1_epi32(v);
+}
+
+}  // namespace mm

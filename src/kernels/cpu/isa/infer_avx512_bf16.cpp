@@ -1,0 +1,178 @@
+// Kernels for AVX-512 with VNNI and BF16 (Zen 4, Cooper Lake, Sapphire Rapids without AMX).
+#include "kernels/cpu/isa/infer_isa.h"
+#include "kernels/cpu/isa/avx512.h"
+
+namespace mm {
+
+namespace {
+
+// One row: its sums run in 4 vectors (the pairs of a tile in turn), so that latency hides behind 4 chains.
+void few_bf16_1(float* out, const uint16_t* w, int64_t kp, int64_t panels, const uint16_t* x) {
+  for (int64_t p = 0; p < panels; p++) {
+    __m512 acc[4] = {};
+    for (int64_t t = 0; t < kp / 32; t++, w += infer_tile) {
+      const uint16_t* a = x + t * infer_tile;
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; i++) {
+        acc[i % 4] = _mm512_dpbf16_ps(acc[i % 4], (__m512bh)_mm512_loadu_si512(w + i * 32), (__m512bh)set1_quad(a + 2 * i));
+      }
+    }
+    _mm512_storeu_ps(out + p * 16, _mm512_add_ps(_mm512_add_ps(acc[0], acc[1]), _mm512_add_ps(acc[2], acc[3])));
+  }
+}
+
+// M rows and one panel: every weight vector serves M rows.
+template <int M>
+void few_bf16_m(float* out, int64_t ldo, const uint16_t* w, int64_t kp, int64_t panels, const uint16_t* x) {
+  for (int64_t p = 0; p < panels; p++) {
+    __m512 acc[M] = {};
+    for (int64_t t = 0; t < kp / 32; t++, w += infer_tile) {
+      const uint16_t* a = x + t * infer_tile;
+#pragma GCC unroll 4
+      for (int i = 0; i < 16; i++) {
+        const auto wi = (__m512bh)_mm512_loadu_si512(w + i * 32);
+#pragma GCC unroll 16
+        for (int r = 0; r < M; r++) acc[r] = _mm512_dpbf16_ps(acc[r], wi, (__m512bh)set1_quad(a + r * 32 + 2 * i));
+      }
+    }
+    for (int r = 0; r < M; r++) _mm512_storeu_ps(out + r * ldo + p * 16, acc[r]);
+  }
+}
+
+void few_bf16(float* out, int64_t ldo, const uint16_t* w, int64_t kp, int64_t panels, const uint16_t* x, int64_t m) {
+  while (m > 0) {
+    int64_t n = 1;
+    if (m >= 8) few_bf16_m<8>(out, ldo, w, kp, panels, x), n = 8;
+    else if (m >= 4) few_bf16_m<4>(out, ldo, w, kp, panels, x), n = 4;
+    else if (m == 3) few_bf16_m<3>(out, ldo, w, kp, panels, x), n = 3;
+    else if (m == 2) few_bf16_m<2>(out, ldo, w, kp, panels, x), n = 2;
+    else few_bf16_1(out, w, kp, panels, x);
+    out += n * ldo, x += n * 32, m -= n;
+  }
+}
+
+template <int M>
+void few_i8_m(float* out, int64_t ldo, const uint8_t* w, int64_t kp, int64_t panels, const int8_t* x, int64_t ldx) {
+  const float* scales[M];
+  const int32_t* corrections[M];
+  for (int r = 0; r < M; r++) {
+    scales[r] = reinterpret_cast<const float*>(x + r * ldx + kp);
+    corrections[r] = reinterpret_cast<const int32_t*>(x + r * ldx + kp + kp / 32 * 4);
+  }
+  for (int64_t p = 0; p < panels; p++) {
+    __m512 acc[M] = {};
+    for (int64_t b = 0; b < kp / 64; b++, w += infer_i8_block) {
+#pragma GCC unroll 2
+      for (int g = 0; g < 2; g++) {
+        __m512i sum[M];
+#pragma GCC unroll 8
+        for (int r = 0; r < M; r++) sum[r] = _mm512_set1_epi32(corrections[r][2 * b + g]);
+#pragma GCC unroll 8
+        for (int q = 0; q < 8; q++) {
+          const __m512i wq = _mm512_loadu_si512(w + g * 512 + q * 64);
+#pragma GCC unroll 8
+          for (int r = 0; r < M; r++)
+            sum[r] = _mm512_dpbusd_epi32(sum[r], wq, set1_quad(x + r * ldx + b * 64 + g * 32 + q * 4));
+        }
+        const __m512 ws =
+            _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + 1024 + g * 32)));
+#pragma GCC unroll 8
+        for (int r = 0; r < M; r++) {
+          const __m512 s = _mm512_mul_ps(ws, _mm512_set1_ps(scales[r][2 * b + g]));
+          acc[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[r]), s, acc[r]);
+        }
+      }
+    }
+    for (int r = 0; r < M; r++) _mm512_storeu_ps(out + r * ldo + p * 16, acc[r]);
+  }
+}
+
+void few_i8(float* out, int64_t ldo, const uint8_t* w, int64_t kp, int64_t panels, const int8_t* x, int64_t ldx,
+            int64_t m) {
+  while (m > 0) {
+    int64_t n = 1;
+    if (m >= 8) few_i8_m<8>(out, ldo, w, kp, panels, x, ldx), n = 8;
+    else if (m >= 4) few_i8_m<4>(out, ldo, w, kp, panels, x, ldx), n = 4;
+    else if (m == 3) few_i8_m<3>(out, ldo, w, kp, panels, x, ldx), n = 3;
+    else if (m == 2) few_i8_m<2>(out, ldo, w, kp, panels, x, ldx), n = 2;
+    else few_i8_m<1>(out, ldo, w, kp, panels, x, ldx);
+    out += n * ldo, x += n * ldx, m -= n;
+  }
+}
+
+// Four bytes a lane: the pairs (0, 1) and (2, 3) become two vectors of bf16 pairs.
+void expand_i8(uint16_t* tiles, const uint8_t* w, int64_t kp) {
+  const __m512i byte = _mm512_set1_epi32(255), offset = _mm512_set1_epi32(128);
+  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                              21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  for (int64_t b = 0; b < kp / 64; b++, w += infer_i8_block) {
+    for (int g = 0; g < 2; g++, tiles += infer_tile) {
+      const __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + 1024 + g * 32)));
+#pragma GCC unroll 8
+      for (int q = 0; q < 8; q++) {
+        const __m512i v = _mm512_loadu_si512(w + g * 512 + q * 64);
+        const auto value = [&](__m512i x) {
+          return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(x, offset)), scale);
+        };
+        const __m512 x0 = value(_mm512_and_si512(v, byte)), x1 = value(_mm512_and_si512(_mm512_srli_epi32(v, 8), byte)),
+                     x2 = value(_mm512_and_si512(_mm512_srli_epi32(v, 16), byte)), x3 = value(_mm512_srli_epi32(v, 24));
+        const auto low = (__m512i)_mm512_cvtne2ps_pbh(x1, x0), high = (__m512i)_mm512_cvtne2ps_pbh(x3, x2);
+        _mm512_storeu_si512(tiles + q * 64, _mm512_permutexvar_epi16(interleave, low));
+        _mm512_storeu_si512(tiles + q * 64 + 32, _mm512_permutexvar_epi16(interleave, high));
+      }
+    }
+  }
+}
+
+template <int R, int P>
+void block_bf16(float* c, const uint16_t* a, int64_t kp, const uint16_t* b0, const uint16_t* b1) {
+  __m512 acc[R][P] = {};
+  for (int64_t t = 0; t < kp / 32; t++, a += infer_tile, b0 += infer_tile, b1 += infer_tile) {
+#pragma GCC unroll 2
+    for (int i = 0; i < 16; i++) {
+      __m512bh w[P];
+      w[0] = (__m512bh)_mm512_loadu_si512(b0 + i * 32);
+      if (P > 1) w[P - 1] = (__m512bh)_mm512_loadu_si512(b1 + i * 32);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; r++) {
+        const auto x = (__m512bh)set1_quad(a + r * 32 + 2 * i);
+#pragma GCC unroll 2
+        for (int p = 0; p < P; p++) acc[r][p] = _mm512_dpbf16_ps(acc[r][p], w[p], x);
+      }
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int p = 0; p < P; p++) _mm512_storeu_ps(c + r * 32 + p * 16, acc[r][p]);
+}
+
+template <int P>
+void many_bf16_p(float* c, const uint16_t* a, int64_t kp, int64_t rows, const uint16_t* b0, const uint16_t* b1) {
+  for (int64_t r = 0; r < rows;) {
+    const uint16_t* x = a + r / 16 * kp * 16 + r % 16 * 32;
+    const int64_t left = rows - r;
+    int64_t n = 1;
+    if (left >= 8) block_bf16<8, P>(c + r * 32, x, kp, b0, b1), n = 8;
+    else if (left >= 4) block_bf16<4, P>(c + r * 32, x, kp, b0, b1), n = 4;
+    else if (left >= 2) block_bf16<2, P>(c + r * 32, x, kp, b0, b1), n = 2;
+    else block_bf16<1, P>(c + r * 32, x, kp, b0, b1);
+    r += n;
+  }
+}
+
+void many_bf16(float* c, const uint16_t* a, int64_t kp, int64_t rows, const uint16_t* b0, const uint16_t* b1) {
+  if (b1 != nullptr) many_bf16_p<2>(c, a, kp, rows, b0, b1);
+  else many_bf16_p<1>(c, a, kp, rows, b0, b0);
+}
+
+}  // namespace
+
+void use_avx512_bf16(InferKernels* k) {
+  k->few_bf16 = few_bf16;
+  k->few_i8 = few_i8;
+  k->expand_i8 = expand_i8;
+  k->many_bf16 = many_bf16;
+  k->few_rows_i8 = 8;
+  k->few_rows_bf16 = 4;
+}
+
+}  // namespace mm
