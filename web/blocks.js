@@ -41,7 +41,6 @@ export class BlocksPane {
     this.colours = new Map();  // key of an owner -> colour index, kept while it lives
     this.root = $('pane-blocks');
     new ResizeObserver(() => { if (this.open && this.map) this.draw(); }).observe(this.root);
-    matchMedia('(prefers-color-scheme: dark)').addEventListener('change', () => this.repaint());
   }
 
   build() {
@@ -156,7 +155,9 @@ export class BlocksPane {
     let cell = 26;
     while (cell > 5 && Math.ceil(n / Math.floor(width / cell)) * cell > MAX_HEIGHT) cell--;
     if (n > 60000) cell = 3;
-    const columns = Math.max(1, Math.floor(width / cell));
+    let columns = Math.floor(width / cell);
+    if (columns >= 16) columns -= columns % 8;  // a number one can count with
+    cell = Math.max(cell, Math.min(26, Math.floor(width / columns)));
     return {cell, columns, rows: Math.max(1, Math.ceil(n / columns))};
   }
 

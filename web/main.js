@@ -3,7 +3,7 @@
 import {getJson} from './api.js';
 import {BlocksPane} from './blocks.js';
 import {Chat} from './chat.js';
-import {$, h, iconButton, toast} from './dom.js';
+import {$, h, icon, iconButton, toast} from './dom.js';
 import {language, languageName, setLanguage, t, translate} from './i18n.js';
 import {ServerPane} from './server.js';
 import {drawSettings, focusBadSetting, requestFields, toolCount} from './settings.js';
@@ -43,8 +43,10 @@ const panes = {blocks: new BlocksPane(), server: new ServerPane(), settings: {se
 
 const THEMES = ['auto', 'light', 'dark'];
 
+const prefersDark = matchMedia('(prefers-color-scheme: dark)');
+
 function applyTheme() {
-  document.documentElement.dataset.theme = settings.theme;
+  document.documentElement.dataset.theme = settings.theme === 'auto' ? (prefersDark.matches ? 'dark' : 'light') : settings.theme;
   panes.blocks.repaint();
 }
 
@@ -336,6 +338,7 @@ function onTabKey(event) {
 // Start ---------------------------------------------------------------------------------------------------------------
 
 function start() {
+  for (const button of document.querySelectorAll('[data-icon]')) button.prepend(icon(button.dataset.icon));
   openStore((key) => toast(t(key)));
   loadSettings();
   chats = loadChats();
@@ -379,6 +382,7 @@ function start() {
   on('auth-key', 'keydown', (event) => { if (event.key === 'Enter') useKey(); });
   on('auth-cancel', 'click', () => $('auth').close());
   document.addEventListener('keydown', onKey);
+  prefersDark.addEventListener('change', applyTheme);
   let wasNarrow = narrow();
   addEventListener('resize', () => {
     if (narrow() !== wasNarrow) { wasNarrow = narrow(); showSide(!wasNarrow); }

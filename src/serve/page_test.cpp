@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <filesystem>
 #include <fstream>
 #include <set>
 #include <sstream>
@@ -9,25 +11,36 @@
 namespace mm {
 namespace {
 
-std::string read_web(const std::string& name) {
-  std::ifstream in(std::string(MM_SOURCE_DIR) + "/web/" + name, std::ios::binary);
-  EXPECT_TRUE(in.is_open()) << name;
-  std::stringstream text;
-  text << in.rdbuf();
-  return text.str();
+// What the binary holds of a file: no indentation, no empty lines, no lines of comment.
+std::string stripped(const std::filesystem::path& path) {
+  std::ifstream in(path);
+  EXPECT_TRUE(in.is_open()) << path;
+  std::string out;
+  for (std::string line; std::getline(in, line);) {
+    const bool first = out.empty();
+    if (!first) line.erase(0, std::min(line.size(), line.find_first_not_of(' ')));
+    if (first || (!line.empty() && line.compare(0, 2, "//") != 0)) out += line + "\n";
+  }
+  return out;
 }
 
 TEST(Page, FilesAreThoseOfTheWebFolder) {
-  const PageFile* index = find_page_file("/");
-  ASSERT_NE(index, nullptr);
-  EXPECT_EQ(index->body, read_web("index.html"));
-  EXPECT_EQ(index->mime, "text/html; charset=utf-8");
-  const PageFile* main = find_page_file("/main.js");
-  ASSERT_NE(main, nullptr);
-  EXPECT_EQ(main->body, read_web("main.js"));
-  EXPECT_EQ(main->mime, "text/javascript; charset=utf-8");
-  EXPECT_NE(main->etag, index->etag);
-  EXPECT_TRUE(main->etag.size() == 18 && main->etag.front() == '"' && main->etag.back() == '"') << main->etag;
+  size_t total = 0;
+  std::set<std::string_view> etags;
+  for (const auto& entry : std::filesystem::directory_iterator(MM_SOURCE_DIR "/web")) {
+    const std::string name = entry.path().filename();
+    const PageFile* file = find_page_file(name == "index.html" ? "/" : "/" + name);
+    ASSERT_NE(file, nullptr) << name;
+    EXPECT_EQ(file->body, stripped(entry.path())) << name;
+    EXPECT_TRUE(file->etag.size() == 18 && file->etag.front() == '"' && file->etag.back() == '"') << file->etag;
+    EXPECT_TRUE(etags.insert(file->etag).second) << name;
+    total += file->body.size();
+  }
+  EXPECT_GT(etags.size(), 10u);
+  EXPECT_LT(total, 120'000u);  // bytes of the whole page
+  EXPECT_EQ(find_page_file("/")->mime, "text/html; charset=utf-8");
+  EXPECT_EQ(find_page_file("/main.js")->mime, "text/javascript; charset=utf-8");
+  EXPECT_EQ(find_page_file("/style.css")->mime, "text/css; charset=utf-8");
 }
 
 TEST(Page, OtherPathsAreNoFiles) {
