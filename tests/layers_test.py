@@ -31,6 +31,8 @@ THIRD_PARTY = {
     "omp.h": ["base/thread_team.cpp"],
     "zlib": ["data/"],
     "zstd": ["data/"],
+    "boost/": ["serve/"],
+    "openssl/": ["serve/"],
     "spdlog/": ["base/log.cpp"],
     "gtest/": ["_test.cpp", "kernels/cases/", "text/text_test_files.h"],
 }

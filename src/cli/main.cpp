@@ -66,6 +66,7 @@ static int run(int argc, char** argv) {
   add_eval_commands(app, globals);
   add_generate_command(app, globals);
   add_chat_command(app, globals);
+  add_serve_command(app, globals);
   add_model_commands(app, globals);
   add_logits_command(app, globals);
   add_bench_command(app, globals);

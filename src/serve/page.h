@@ -1,4 +1,5 @@
-// The chat page: the files of web/, embedded at build time (cmake/page.cmake), so that the binary needs nothing beside it.
+// The chat page: the files of web/, embedded at build time (cmake/page.cmake), so that the binary needs nothing beside
+// it.
 #pragma once
 
 #include <string_view>
@@ -15,8 +16,8 @@ struct PageFile {
 // nullptr when the page has no such file. "/" is index.html, which has no other path. Static memory; any thread.
 const PageFile* find_page_file(std::string_view path);
 
-// Content-Security-Policy to be sent with the page's files: nothing from elsewhere, no inline code or style, and no text
-// turned into HTML, even if a bug in the page would try.
+// Content-Security-Policy to be sent with the page's files: nothing from elsewhere, no inline code or style, and no
+// text turned into HTML, even if a bug in the page would try.
 inline constexpr std::string_view kPageSecurityPolicy =
     "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'; "
     "require-trusted-types-for 'script'; trusted-types 'none'";

@@ -1,0 +1,48 @@
+#include "cli/command.h"
+#include "engine/engine_options.h"
+
+namespace mm {
+
+template <class T>
+static void add_name(CLI::App* command, const char* flag, T& value, T (*from_name)(const std::string&),
+                     const char* (*name)(T), const char* help) {
+  command
+      ->add_option_function<std::string>(
+          flag, [&value, from_name](const std::string& text) { value = from_name(text); }, help)
+      ->default_str(name(value))
+      ->group("Engine");
+}
+
+void add_engine_flags(CLI::App* command, EngineOptions& o, DeviceOptions& device) {
+  const auto number = [&](const char* flag, int64_t& value, const char* help, int64_t low) {
+    command->add_option(flag, value, help)->check(CLI::Range(low, int64_t{1} << 40))->group("Engine");
+  };
+  command->add_option("--device", device.device, "auto (a GPU if one is usable), cpu or cuda")
+      ->check(CLI::IsMember({"auto", "cpu", "cuda"}))
+      ->group("Engine");
+  add_name(command, "--weights", o.weights, weight_format_from_name, weight_format_name,
+           "How weights are held: f32, bf16 or i8 (groups of 32, made at load)");
+  add_name(command, "--kv-type", o.kv, kv_format_from_name, kv_format_name,
+           "How keys and values are held: f32, bf16 or i8");
+  add_name(
+      command, "--kv", o.kv_layout, kv_layout_from_name, kv_layout_name,
+      "paged (blocks, shared prefixes), preallocated (a run a sequence) or concat (copied every step: the naive way)");
+  number("--context", o.context, "Tokens of a sequence at most (0: the model's limit)", 0);
+  number("--max-sequences", o.max_sequences, "Sequences at once", 1);
+  number("--step-tokens", o.step_tokens,
+         "Tokens of a step at most; longer prompts are cut (0: 512 on a CPU, 4096 on a GPU)", 0);
+  number("--queue", o.queue_limit, "Waiting requests at most", 0);
+  number("--block-size", o.block_size, "Tokens of a KV block, a power of two", 1);
+  number("--kv-tokens", o.kv_tokens, "Tokens that the KV pool holds (0: by --kv-memory)", 0);
+  command->add_option("--kv-memory", o.kv_memory_share, "Share of the free memory for the KV pool")
+      ->check(CLI::Range(0.01, 0.95))
+      ->group("Engine");
+  command->add_flag("--static-batch", o.static_batch, "A batch starts together, the next one when all have ended")
+      ->group("Engine");
+  command->add_flag("!--no-prefix-cache", o.prefix_cache, "Compute every prompt in full")->group("Engine");
+  command->add_flag("--batch-invariant", o.batch_invariant, "The same bits alone and among others; slower")
+      ->group("Engine");
+  number("--ngram-draft", o.ngram_draft, "Speculative decoding: tokens proposed from what was said before (0: off)", 0);
+}
+
+}  // namespace mm

@@ -1,0 +1,38 @@
+#include "serve/api_error.h"
+
+#include "serve/json_text.h"
+
+namespace mm {
+
+static std::string_view type_of(int status, std::string_view code) {
+  if (status == 429) return "rate_limit_error";
+  if (status >= 500) return code == "draining" ? "service_unavailable" : "server_error";
+  if (status == 401) return "authentication_error";
+  return "invalid_request_error";
+}
+
+std::string ApiError::body() const {
+  std::string out = R"({"error":{"message":)";
+  append_json_string(message, out);
+  out += R"(,"type":")";
+  out += type_of(status, code);
+  out += R"(","param":)";
+  if (param.empty()) out += "null";
+  else append_json_string(param, out);
+  out += R"(,"code":)";
+  if (code.empty()) out += "null";
+  else append_json_string(code, out);
+  out += "}}";
+  return out;
+}
+
+ApiError bad_value(std::string_view message, std::string_view param) {
+  // A path has no spaces and ends at the first ": "; what begins like one of ours is one.
+  const size_t colon = message.find(": ");
+  const std::string_view where = message.substr(0, colon);
+  const std::string_view top = param.substr(0, param.find_first_of(".["));
+  const bool names = colon != std::string_view::npos && where.starts_with(top) && where.find(' ') == where.npos;
+  return {400, "invalid_value", std::string(names ? where : param), std::string(message)};
+}
+
+}  // namespace mm
