@@ -1,4 +1,4 @@
-// minimind bench train: how fast a training step is here, op by op.
+// minimind bench train|ops: how fast training and its ops are here.
 #include <fmt/ranges.h>
 
 #include "base/error.h"
@@ -90,6 +90,7 @@ void add_bench_command(CLI::App& app, Globals& globals) {
                              100 * num(j, "share_of_bandwidth")));
     }
   });
+  add_bench_serve_command(*group, globals);
 }
 
 }  // namespace mm

@@ -48,6 +48,7 @@ std::string render_svg(const LinePlot& plot) {
   std::vector<PlotSeries> series = plot.series;
   double x_low = INFINITY, x_high = -INFINITY, y_high = 0;
   for (PlotSeries& s : series) {
+    for (auto& p : s.points) p.first = plot.log_x ? std::log10(p.first) : p.first;
     std::erase_if(s.points, [](const auto& p) { return !std::isfinite(p.first) || !std::isfinite(p.second); });
     for (const auto& [x, y] : s.points) {
       x_low = std::min(x_low, x);
@@ -74,8 +75,8 @@ std::string render_svg(const LinePlot& plot) {
     s += fmt::format("<text x=\"{}\" y=\"{:.1f}\" text-anchor=\"end\">{:g}</text>\n", kLeft - 8, py(y) + 4, y);
   }
   for (double x = std::ceil(x_low / x_step) * x_step; x <= x_high; x += x_step) {
-    s += fmt::format("<text x=\"{:.1f}\" y=\"{}\" text-anchor=\"middle\">{:g}</text>\n", px(x), kHeight - kBottom + 18,
-                     x);
+    s += fmt::format("<text x=\"{:.1f}\" y=\"{}\" text-anchor=\"middle\">{}</text>\n", px(x), kHeight - kBottom + 18,
+                     plot.log_x ? fmt::format("{:.3g}", std::pow(10, x)) : fmt::format("{:g}", x));
   }
   s += fmt::format("<text x=\"{}\" y=\"{}\" text-anchor=\"middle\">{}</text>\n", (kLeft + kWidth - kRight) / 2,
                    kHeight - 12, escaped(plot.x_label));
@@ -92,6 +93,10 @@ std::string render_svg(const LinePlot& plot) {
       smooth.emplace_back(px(x), py(mean));
     }
     s += polyline(raw, colour, 1, 0.3) + polyline(smooth, colour, 2, 1);
+    if (plot.markers) {
+      for (const auto& [x, y] : raw)
+        s += fmt::format("<circle cx=\"{:.1f}\" cy=\"{:.1f}\" r=\"3\" fill=\"{}\"/>\n", x, y, colour);
+    }
     s += fmt::format("<text x=\"{}\" y=\"{}\" text-anchor=\"end\" fill=\"{}\">{}</text>\n", kWidth - kRight - 8,
                      kTop + 16 + 18 * static_cast<double>(i), colour, escaped(series[i].name));
   }

@@ -15,6 +15,8 @@ struct PlotSeries {
 struct LinePlot {
   std::string title, x_label, y_label;
   std::vector<PlotSeries> series;
+  bool markers = false;  // a dot at each point
+  bool log_x = false;    // points at or below zero are left out
 };
 
 // Each series is drawn thin as it is and thick smoothed. The y axis starts at zero.
