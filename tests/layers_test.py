@@ -34,7 +34,7 @@ THIRD_PARTY = {
     "boost/": ["serve/"],
     "openssl/": ["serve/"],
     "spdlog/": ["base/log.cpp"],
-    "gtest/": ["_test.cpp", "kernels/cases/", "text/text_test_files.h"],
+    "gtest/": ["_test.cpp", "kernels/cases/", "text/text_test_files.h", "grammar/grammar_test_util.h"],
 }
 
 MAX_LINES = 1000

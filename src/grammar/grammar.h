@@ -13,8 +13,8 @@
 
 namespace mm {
 
-// The bytes of every token, sorted for walking; built once a tokenizer and shared. Tokens with "" (special ones, unknown
-// ids) are never allowed inside a text.
+// The bytes of every token, sorted for walking; built once a tokenizer and shared. Tokens with "" (special ones,
+// unknown ids) are never allowed inside a text.
 class TokenTable {
  public:
   explicit TokenTable(std::vector<std::string> token_bytes);
@@ -31,7 +31,8 @@ class TokenTable {
 class Grammar {
  public:
   struct Impl;
-  // Anchored at both ends. Error naming `where` and the position of what is not supported (look-around, back-references).
+  // Anchored at both ends. Error naming `where` and the position of what is not supported (look-around,
+  // back-references).
   static std::shared_ptr<const Grammar> regex(std::string_view pattern, const std::string& where = "regex");
   // JSON Schema (the subset in docs/STRUCTURED_OUTPUT.md); null: any JSON object. Fails closed: a keyword that is not
   // enforced is an Error naming its path ("response_format.json_schema.schema.properties.age.not"), never ignored.
