@@ -112,7 +112,7 @@ size_t StepPlan::lay_out(char* scratch, const InferModel& m, int64_t tokens, int
 }
 
 size_t ThreadBuffers::lay_out(char* memory, const StepPlan& plan, int64_t group, int64_t dh) {
-  const int64_t rows = std::max(attend_rows, group), kp = padded_k(plan.max_k), dp = round_up(dh, 32);
+  const int64_t rows = round_up(std::max(attend_rows, group), 16), kp = padded_k(plan.max_k), dp = round_up(dh, 32);
   Cursor at{memory};
   at.take(&row, kp);
   at.take(&c, staging_floats);
