@@ -5,23 +5,11 @@
 
 #include "base/error.h"
 #include "base/thread_team.h"
+#include "engine/kv_views.h"
 #include "engine/sampler.h"
 #include "kernels/cpu/infer.h"
 
 namespace mm {
-
-// Keys and values of all layers, then the scales.
-static InferKv kv_views(const ModelConfig& c, KvFormat format, int64_t n_row, const Buffer& buffer) {
-  const int64_t stride = n_row * c.kv_width(), n = c.num_hidden_layers * stride;
-  const auto bytes = static_cast<size_t>(n) * kv_element_bytes(format);
-  char* p = static_cast<char*>(buffer.data());
-  InferKv kv{.format = format, .k = p, .v = p + bytes, .layer_stride = stride};
-  if (format == KvFormat::i8) {
-    kv.k_scale = reinterpret_cast<float*>(p + 2 * bytes);
-    kv.v_scale = kv.k_scale + n / c.head_dim;
-  }
-  return kv;
-}
 
 CpuRunner::CpuRunner(const Model& model, const EngineOptions& options, const RunnerLimits& limits)
     : options_(options),

@@ -13,6 +13,23 @@
 
 namespace mm {
 
+static std::unique_ptr<DraftModel> make_draft(const ModelConfig& config, const EngineOptions& options,
+                                              RunnerLimits limits, const Model* draft) {
+  if ((draft != nullptr) != (options.draft_tokens > 0))
+    throw Error("draft tokens", "a draft model and a number of tokens above 0, or neither",
+                draft != nullptr ? "a model alone" : "a number alone");
+  if (draft == nullptr) return nullptr;
+  if (draft->config.vocab_size != config.vocab_size)
+    throw Error("draft model", fmt::format("a vocabulary of {}", config.vocab_size),
+                fmt::format("{}", draft->config.vocab_size), "take a model with the same tokenizer");
+  EngineOptions o = options;
+  o.kv_layout = KvLayout::paged;
+  limits.context = std::min(limits.context, draft->config.max_position_embeddings);
+  const int64_t each = (limits.context + o.block_size - 1) / o.block_size * o.block_size;
+  limits.n_row = std::max(each, std::min(o.max_sequences * each, limits.n_row / o.block_size * o.block_size));
+  return std::make_unique<DraftModel>(make_runner(*draft, o, limits), limits, o.block_size);
+}
+
 struct Engine::Impl {
   struct Arrived {
     uint64_t id;
@@ -79,14 +96,14 @@ void Engine::Impl::run() {
   done.notify_all();
 }
 
-Engine::Engine(const Model& model, std::optional<Tokenizer> tokenizer, const EngineOptions& options)
+Engine::Engine(const Model& model, std::optional<Tokenizer> tokenizer, const EngineOptions& options, const Model* draft)
     : impl_(std::make_unique<Impl>()) {
   Impl& e = *impl_;
   e.options = options;
   const RunnerLimits limits = plan_limits(model.config, options);
   e.core = std::make_unique<EngineCore>(
       EngineCore::Setup{options, limits, model.config.vocab_size, model.config.hidden_size},
-      make_runner(model, options, limits), std::move(tokenizer));
+      make_runner(model, options, limits), std::move(tokenizer), make_draft(model.config, options, limits, draft));
   e.context = limits.context;
   e.stats = e.core->stats();
   const int64_t unit = options.kv_layout == KvLayout::paged ? options.block_size : limits.context;

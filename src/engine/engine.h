@@ -51,7 +51,9 @@ class Engine {
  public:
   // Packs the weights for the device, plans memory, starts the thread. The tokenizer gives texts. Error when the
   // options or the memory do not do.
-  Engine(const Model& model, std::optional<Tokenizer> tokenizer, const EngineOptions& options);
+  // draft: a smaller model of the same vocabulary for speculative decoding, or null; see EngineOptions::draft_tokens.
+  Engine(const Model& model, std::optional<Tokenizer> tokenizer, const EngineOptions& options,
+         const Model* draft = nullptr);
   ~Engine();  // cancels what is left
   // Error (of bad input) when the request makes no sense; it names the field. Otherwise takes it or says why not.
   Submitted submit(EngineRequest request);

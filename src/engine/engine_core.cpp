@@ -15,10 +15,12 @@ static KvSpace make_space(const EngineCore::Setup& s) {
                  s.options.prefix_cache);
 }
 
-EngineCore::EngineCore(Setup setup, std::unique_ptr<Runner> runner, std::optional<Tokenizer> tokenizer)
+EngineCore::EngineCore(Setup setup, std::unique_ptr<Runner> runner, std::optional<Tokenizer> tokenizer,
+                       std::unique_ptr<DraftModel> draft)
     : setup_(std::move(setup)),
       runner_(std::move(runner)),
       tokenizer_(std::move(tokenizer)),
+      draft_(std::move(draft)),
       kv_(make_space(setup_)),
       scheduler_({.max_sequences = setup_.options.max_sequences,
                   .step_tokens = setup_.limits.max_tok,
@@ -101,7 +103,7 @@ void EngineCore::add(uint64_t id, EngineRequest request, double arrival) {
   s->n_fork = request.n - 1;
   s->arrival = arrival;
   if (request.deadline_seconds > 0) s->deadline = arrival + request.deadline_seconds;
-  s->speculates = setup_.options.ngram_draft > 0 && !request.embed;
+  s->speculates = (setup_.options.ngram_draft > 0 || draft_) && !request.embed;
   s->request = std::make_shared<const EngineRequest>(std::move(request));
   start_choice(*s);
   scheduler_.add(std::move(s));
@@ -138,12 +140,17 @@ static void close_text(Choice& c, EngineEvent& event) {
   if (c.decoder && c.stops) event.text += c.stops->push(c.decoder->flush()) + c.stops->flush();
 }
 
+void EngineCore::forget(Sequence& s) {
+  if (draft_) draft_->release(s);
+  choices_.erase({s.request_id, s.choice});
+  scheduler_.finish(s);
+}
+
 void EngineCore::fail(Sequence& s, const std::string& error) {
   EngineEvent event;
   event.error = error;
   end(s, FinishReason::error, event);
-  scheduler_.finish(s);
-  choices_.erase({s.request_id, s.choice});
+  forget(s);
   send(s, std::move(event));
 }
 
@@ -160,8 +167,7 @@ void EngineCore::cancel(uint64_t id) {
       if (s.request->sink) s.request->sink(std::move(event));
     }
     s.n_fork = 0;
-    scheduler_.finish(s);
-    choices_.erase({s.request_id, s.choice});
+    forget(s);
   });
 }
 
@@ -185,40 +191,35 @@ void EngineCore::expire(double now) {
       if (s->request->sink) s->request->sink(std::move(event));
     }
     s->n_fork = 0;
-    scheduler_.finish(*s);
-    choices_.erase({s->request_id, s->choice});
+    forget(*s);
   }
 }
 
 void EngineCore::propose_drafts() {
-  const int64_t k = setup_.options.ngram_draft;
-  if (k <= 0) return;
+  if (setup_.options.ngram_draft == 0 && !draft_) return;
+  std::vector<Sequence*> ready;
   scheduler_.for_each([&](Sequence& s, bool running) {
     s.draft.clear();
-    if (!running || !s.speculates || s.n_pending > 0 || s.n_known() - s.n_computed != 1) return;
-    propose_ngram(s.tokens, k, s.draft);
-    if (!choice_of(s).grammar) return;
-    GrammarState ahead = *choice_of(s).grammar;  // a draft ends where the grammar would not follow
-    size_t n = 0;
-    while (n < s.draft.size() && ahead.accept(s.draft[n])) n++;
-    s.draft.resize(n);
+    if (!running && draft_) draft_->release(s);
+    if (running && s.speculates && s.n_pending == 0 && s.n_known() - s.n_computed == 1 && s.n_generated() > 0)
+      ready.push_back(&s);
   });
+  if (draft_) draft_->propose(ready, setup_.options.draft_tokens);
+  for (Sequence* s : ready) {
+    if (s->draft.empty()) propose_ngram(s->tokens, setup_.options.ngram_draft, s->draft);
+    if (!choice_of(*s).grammar) continue;
+    GrammarState ahead = *choice_of(*s).grammar;  // a draft ends where the grammar would not follow
+    size_t n = 0;
+    while (n < s->draft.size() && ahead.accept(s->draft[n])) n++;
+    s->draft.resize(n);
+  }
 }
 
 // The parameters of one wanted row: the token behind `position`, of choice `choice`, behind n_draft proposed tokens.
 void EngineCore::fill_row(StepBatch& batch, const Sequence& s, int choice, int64_t position, int64_t n_draft) {
   const EngineRequest& r = *s.request;
   const SamplingParams& p = r.sampling;
-  RowSampling row{.temperature = p.greedy ? 0.0f : p.temperature,
-                  .top_k = p.top_k,
-                  .top_p = p.top_p,
-                  .min_p = p.min_p,
-                  .repetition = p.repetition_penalty,
-                  .presence = p.presence_penalty,
-                  .frequency = p.frequency_penalty,
-                  .seed = p.seed,
-                  .stream = r.stream + static_cast<uint64_t>(choice),
-                  .index = static_cast<uint64_t>(position + 1)};
+  RowSampling row = plain_row(r, choice, position);
   const Choice& c = choice_of(s);
   const bool counts = p.repetition_penalty != 1.0f || p.presence_penalty != 0 || p.frequency_penalty != 0;
   row.edits_begin = static_cast<int32_t>(batch.edits.size());
@@ -330,8 +331,7 @@ void EngineCore::take_rows(StepItem& item, const StepPlan& plan, const StepResul
       EngineEvent event;
       const bool more = take_token(*all[i], drawn(row), logits_of(row), event);
       if (!more) {
-        scheduler_.finish(*all[i]);
-        choices_.erase({all[i]->request_id, all[i]->choice});
+        forget(*all[i]);
       }
       send(*all[i], std::move(event));
     }
@@ -363,8 +363,7 @@ void EngineCore::take_rows(StepItem& item, const StepPlan& plan, const StepResul
     scheduler_.computed(s, std::min(item.first + item.n_tok, s.n_known()));
   }
   if (!more) {
-    scheduler_.finish(s);
-    choices_.erase({s.request_id, s.choice});
+    forget(s);
   }
   send(s, std::move(event));
 }
@@ -388,8 +387,7 @@ void EngineCore::take_hidden(StepItem& item, const StepPlan&, const StepResult& 
   EngineEvent event;
   for (const double x : c.pooled) event.embedding.push_back(static_cast<float>(norm > 0 ? x / norm : 0.0));
   end(s, FinishReason::stop, event);
-  scheduler_.finish(s);
-  choices_.erase({s.request_id, s.choice});
+  forget(s);
   send(s, std::move(event));
 }
 
@@ -477,6 +475,7 @@ void EngineCore::check_invariants() {
     MM_CHECK(s.n_computed <= s.n_total() && s.n_computed <= std::max<int64_t>(s.rows.n_row, 0));
     for (const int32_t b : s.rows.blocks) users[b]++;
   });
+  if (draft_) draft_->check(n);
   MM_CHECK(choices_.size() == static_cast<size_t>(n));
   if (kv_.pool() == nullptr) return;
   MM_CHECK(static_cast<int64_t>(users.size()) == kv_.pool()->n_used(), "{} blocks have owners, {} are used",

@@ -9,6 +9,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "engine/draft_model.h"
 #include "engine/engine.h"
 #include "engine/runner.h"
 #include "engine/scheduler.h"
@@ -37,7 +38,8 @@ class EngineCore {
     RunnerLimits limits;
     int64_t n_vocab = 0, d_model = 0;
   };
-  EngineCore(Setup setup, std::unique_ptr<Runner> runner, std::optional<Tokenizer> tokenizer);
+  EngineCore(Setup setup, std::unique_ptr<Runner> runner, std::optional<Tokenizer> tokenizer,
+             std::unique_ptr<DraftModel> draft = nullptr);
   ~EngineCore();
 
   // Error naming the field, behind `prefix`; may be called from any thread.
@@ -67,6 +69,7 @@ class EngineCore {
   // Appends a drawn token; true when the sequence goes on. logits: of its row, when log-probabilities are wanted.
   bool take_token(Sequence& s, int32_t id, const float* logits, EngineEvent& event);
   void end(Sequence& s, FinishReason reason, EngineEvent& event);
+  void forget(Sequence& s);  // it has ended
   void fail(Sequence& s, const std::string& error);
   void send(const Sequence& s, EngineEvent&& event);
   void expire(double now);
@@ -75,6 +78,7 @@ class EngineCore {
   Setup setup_;
   std::unique_ptr<Runner> runner_;
   std::optional<Tokenizer> tokenizer_;
+  std::unique_ptr<DraftModel> draft_;
   std::optional<TokenTable> token_table_;
   KvSpace kv_;
   Scheduler scheduler_;

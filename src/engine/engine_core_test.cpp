@@ -19,7 +19,9 @@ constexpr int64_t n_vocab = 101;
 // text up to it; a step reads its past through the table, so a wrong row, block or copy gives a wrong token.
 class FakeRunner : public Runner {
  public:
-  FakeRunner(int64_t n_row, int depth) : rows_(static_cast<size_t>(n_row)), depth_(depth) {}
+  // wrong_every: every so many draws it says something else (a draft model that is not the large one); 0: never.
+  FakeRunner(int64_t n_row, int depth, uint64_t wrong_every = 0)
+      : rows_(static_cast<size_t>(n_row)), depth_(depth), wrong_every_(wrong_every) {}
   int depth() const override { return depth_; }
   std::string description() const override { return "fake"; }
   void update(const Model&) override {}
@@ -61,9 +63,12 @@ class FakeRunner : public Runner {
         hashes.push_back(hash);
       }
     }
-    for (int64_t i = 0; i < b.n_out(); i++)
-      result.ids.push_back(
-          next(hashes[static_cast<size_t>(b.out_rows[static_cast<size_t>(i)])], b.sampling[static_cast<size_t>(i)]));
+    for (int64_t i = 0; i < b.n_out(); i++) {
+      const int32_t id =
+          next(hashes[static_cast<size_t>(b.out_rows[static_cast<size_t>(i)])], b.sampling[static_cast<size_t>(i)]);
+      const bool wrong = wrong_every_ > 0 && ++n_drawn_ % wrong_every_ == 0;
+      result.ids.push_back(wrong ? (id + 1) % static_cast<int32_t>(n_vocab) : id);
+    }
     last_ids_ = result.ids;
     MM_CHECK(static_cast<int>(queue_.size()) < depth_);
     queue_.push_back(std::move(result));
@@ -79,6 +84,7 @@ class FakeRunner : public Runner {
   std::vector<int32_t> rows_, last_ids_;
   std::deque<StepResult> queue_;
   int depth_;
+  uint64_t wrong_every_, n_drawn_ = 0;
 };
 
 // What the fake model writes behind a prompt, without any engine.
@@ -102,7 +108,8 @@ struct Traffic {
   KvLayout layout = KvLayout::paged;
   int depth = 1;
   int64_t block_size = 4, n_row = 256, context = 64, max_sequences = 8, step_tokens = 16;
-  int64_t ngram_draft = 0;
+  int64_t ngram_draft = 0, draft_tokens = 0;
+  uint64_t draft_wrong_every = 0;
   bool static_batch = false, prefix_cache = true;
   int n_requests = 120;
   double cancel_share = 0.1;
@@ -129,16 +136,23 @@ Outcome run_traffic(const Traffic& t) {
   setup.options.static_batch = t.static_batch;
   setup.options.prefix_cache = t.prefix_cache;
   setup.options.ngram_draft = t.ngram_draft;
+  setup.options.draft_tokens = t.draft_tokens;
   setup.limits = {.n_row = t.n_row,
                   .max_tok = t.step_tokens,
                   .max_seq = t.max_sequences,
-                  .max_out = std::max<int64_t>(16, t.max_sequences * (1 + t.ngram_draft)),
+                  .max_out = std::max<int64_t>(16, t.max_sequences * (1 + std::max(t.ngram_draft, t.draft_tokens))),
                   .context = t.context};
   setup.n_vocab = n_vocab;
   setup.d_model = 8;
   auto runner = std::make_unique<FakeRunner>(t.n_row, t.depth);
   FakeRunner* fake = runner.get();
-  EngineCore core(setup, std::move(runner), std::nullopt);
+  std::unique_ptr<DraftModel> draft;
+  if (t.draft_tokens > 0) {
+    RunnerLimits limits = setup.limits;
+    limits.n_row = t.max_sequences * t.context / 2;  // too few for all
+    draft = std::make_unique<DraftModel>(std::make_unique<FakeRunner>(limits.n_row, 1, t.draft_wrong_every), limits, 4);
+  }
+  EngineCore core(setup, std::move(runner), std::nullopt, std::move(draft));
 
   Rng rng{t.seed, 7};
   std::vector<EngineRequest> requests;
@@ -240,6 +254,28 @@ TEST(EngineCore, SpeculationChangesNoToken) {
     EXPECT_GE(o.stats.draft_tokens, o.stats.accepted_tokens);
   }
   EXPECT_GT(accepted, 0);
+}
+
+TEST(EngineCore, ADraftModelChangesNoToken) {
+  for (uint64_t seed = 1; seed <= 4; seed++) {
+    for (const uint64_t wrong_every : {0, 2, 5}) {
+      for (const int64_t n_row : {256, 72}) {
+        SCOPED_TRACE(fmt::format("seed {} wrong every {} rows {}", seed, wrong_every, n_row));
+        const Outcome o = run_traffic({.n_row = n_row,
+                                       .step_tokens = 40,
+                                       .draft_tokens = 3,
+                                       .draft_wrong_every = wrong_every,
+                                       .cancel_share = 0,
+                                       .seed = seed});
+        EXPECT_GT(o.stats.accepted_tokens, 200);
+        // A draft model that equals the large one is refused nothing but what lies behind a text's end.
+        const auto refused = static_cast<double>(o.stats.draft_tokens - o.stats.accepted_tokens);
+        if (wrong_every == 0) {
+          EXPECT_LT(refused, 0.25 * static_cast<double>(o.stats.draft_tokens));
+        }
+      }
+    }
+  }
 }
 
 TEST(EngineCore, StaticBatchesTakeMoreSteps) {

@@ -31,7 +31,7 @@ struct EngineOptions {
   bool prefix_cache = true;
   bool batch_invariant = false;
   int64_t ngram_draft = 0;   // speculative decoding: tokens proposed by looking up the last n-gram; 0: off
-  int64_t draft_tokens = 4;  // by a draft model, when one is given
+  int64_t draft_tokens = 0;  // the same by a draft model, which must then be given; 0: off
 };
 
 KvLayout kv_layout_from_name(const std::string& name);  // Errors on unknown names

@@ -7,6 +7,8 @@
 
 #include "base/error.h"
 #include "engine/cpu_runner.h"
+#include "engine/cuda_runner.h"
+#include "engine/kv_views.h"
 
 namespace mm {
 
@@ -14,6 +16,18 @@ size_t kv_bytes_per_token(const ModelConfig& c, KvFormat format) {
   const auto heads = static_cast<size_t>(2 * c.num_hidden_layers * c.num_key_value_heads);
   return heads *
          (static_cast<size_t>(c.head_dim) * kv_element_bytes(format) + (format == KvFormat::i8 ? sizeof(float) : 0));
+}
+
+InferKv kv_views(const ModelConfig& c, KvFormat format, int64_t n_row, const Buffer& buffer) {
+  const int64_t stride = n_row * c.kv_width(), n = c.num_hidden_layers * stride;
+  const auto bytes = static_cast<size_t>(n) * kv_element_bytes(format);
+  char* p = static_cast<char*>(buffer.data());
+  InferKv kv{.format = format, .k = p, .v = p + bytes, .layer_stride = stride};
+  if (format == KvFormat::i8) {
+    kv.k_scale = reinterpret_cast<float*>(p + 2 * bytes);
+    kv.v_scale = kv.k_scale + n / c.head_dim;
+  }
+  return kv;
 }
 
 // What the system could give without swapping; where it does not say (not Linux), what is free.
@@ -72,7 +86,7 @@ RunnerLimits plan_limits(const ModelConfig& config, const EngineOptions& o) {
 }
 
 std::unique_ptr<Runner> make_runner(const Model& model, const EngineOptions& options, const RunnerLimits& limits) {
-  if (options.device.on_gpu()) throw Error("engine", "the CPU", "a GPU");
+  if (options.device.on_gpu()) return std::make_unique<CudaRunner>(model, options, limits);
   return std::make_unique<CpuRunner>(model, options, limits);
 }
 

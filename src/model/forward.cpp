@@ -150,7 +150,7 @@ void check_batch(Model& model, const TokenBatch& batch, const KvCache* cache) {
 void forward(const Device& dev, Model& model, const TokenBatch& batch, Activations& acts, KvCache* cache,
              DropoutKey key) {
   check_batch(model, batch, cache);
-  acts.stage.stage(dev, batch, cache);
+  acts.stage.stage(dev, batch, cache != nullptr ? &cache->plan() : nullptr);
   ops::zero(dev, acts.aux);
   forward_staged(dev, model, acts, cache, key);
 }

@@ -10,8 +10,9 @@ void moe_forward(const Device& dev, const ModelConfig& c, const LayerViews& w, L
   ops::linear_fwd(dev, acts.router_logits, a.h_mid, w.router);
   ops::moe_route_fwd(dev, a.scores, a.experts.as<int32_t>(), a.weights, acts.router_logits, c.norm_topk_prob);
   ops::moe_sort(dev, a.slot, a.rows, a.offset, a.experts);
-  ops::moe_balance(dev, acts.aux, View(), acts.stage.current().share, a.scores, a.offset,
-                   static_cast<double>(c.router_aux_loss_coef));
+  if (acts.stage.current().share != nullptr)  // not where text is generated
+    ops::moe_balance(dev, acts.aux, View(), acts.stage.current().share, a.scores, a.offset,
+                     static_cast<double>(c.router_aux_loss_coef));
   ops::gather_rows(dev, acts.gathered, a.h_mid, a.rows.as<int32_t>());
   ops::grouped_fwd(dev, a.gate_up, acts.gathered, w.expert_gate_up[0], stride, a.offset);
   ops::swiglu_fwd(dev, a.act, a.gate_up);

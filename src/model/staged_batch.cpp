@@ -42,13 +42,13 @@ BatchStage::BatchStage(const Device& dev, int64_t max_tok, int64_t n_kv_head)
   fences_.resize(n_blocks);
 }
 
-const StagedBatch& BatchStage::stage(const Device& dev, const TokenBatch& b, const KvCache* cache,
+const StagedBatch& BatchStage::stage(const Device& dev, const TokenBatch& b, const KvCache::Plan* cache,
                                      std::span<const float> g, float share, bool bucketed) {
   double pairs = 0, keys = 0;
   int64_t max_len = 0;
   for (int64_t s = 0; s < b.n_seq(); s++) {
     const auto i = static_cast<size_t>(s);
-    const double q = b.cu_seqlens[i + 1] - b.cu_seqlens[i], kv = cache != nullptr ? cache->plan().kv_len[i] : q;
+    const double q = b.cu_seqlens[i + 1] - b.cu_seqlens[i], kv = cache != nullptr ? cache->kv_len[i] : q;
     pairs += q * (kv - q) + q * (q + 1) / 2;
     keys += kv;
     max_len = std::max(max_len, static_cast<int64_t>(q));
@@ -60,9 +60,9 @@ const StagedBatch& BatchStage::stage(const Device& dev, const TokenBatch& b, con
              .g = g.data(),
              .share = &share_,
              .cu_seqlens = b.cu_seqlens.data(),
-             .slots = cache != nullptr ? cache->plan().slots.data() : nullptr,
-             .kv_start = cache != nullptr ? cache->plan().kv_start.data() : nullptr,
-             .kv_len = cache != nullptr ? cache->plan().kv_len.data() : nullptr,
+             .slots = cache != nullptr ? cache->slots.data() : nullptr,
+             .kv_start = cache != nullptr ? cache->kv_start.data() : nullptr,
+             .kv_len = cache != nullptr ? cache->kv_len.data() : nullptr,
              .n_tok = b.n_tok(),
              .n_seq = b.n_seq()};
   if (dev.on_gpu()) stage_on_gpu(dev, b, cache, g, share, bucketed);
@@ -74,7 +74,7 @@ const StagedBatch& BatchStage::stage(const Device& dev, const TokenBatch& b, con
 
 static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-void BatchStage::stage_on_gpu(const Device& dev, const TokenBatch& b, const KvCache* cache, std::span<const float> g,
+void BatchStage::stage_on_gpu(const Device& dev, const TokenBatch& b, const KvCache::Plan* cache, std::span<const float> g,
                               float share, bool bucketed) {
   constexpr int64_t pad_len = tile_rows;
   const int64_t real = b.n_tok();
@@ -129,7 +129,7 @@ void BatchStage::stage_on_gpu(const Device& dev, const TokenBatch& b, const KvCa
     while (n_seq < max_tok_) ints(l.cu)[++n_seq] = static_cast<int32_t>(n_tok);  // empty ones: the same number always
   }
   if (cache != nullptr) {
-    const KvCache::Plan& p = cache->plan();
+    const KvCache::Plan& p = *cache;
     put(l.slots, p.slots.data(), 8 * p.slots.size());
     put(l.kv_start, p.kv_start.data(), 4 * p.kv_start.size());
     put(l.kv_len, p.kv_len.data(), 4 * p.kv_len.size());

@@ -34,13 +34,13 @@ class BatchStage {
   // The batch must outlive the use of the result on the CPU. g (may be empty): dL/dlogp of every token; share: this
   // micro-batch's part of the step, scales the balance loss. bucketed (GPU, no cache): tokens and work list are padded
   // to a few sizes with sequences that nothing looks at, so that few graphs serve all batches.
-  const StagedBatch& stage(const Device& dev, const TokenBatch& batch, const KvCache* cache,
+  const StagedBatch& stage(const Device& dev, const TokenBatch& batch, const KvCache::Plan* cache,
                            std::span<const float> g = {}, float share = 1.0f, bool bucketed = false);
   static size_t gpu_bytes(const Device& dev, int64_t max_tok) { return dev.on_gpu() ? layout(max_tok).end : 0; }
   const StagedBatch& current() const { return staged_; }
 
  private:
-  void stage_on_gpu(const Device& dev, const TokenBatch& batch, const KvCache* cache, std::span<const float> g,
+  void stage_on_gpu(const Device& dev, const TokenBatch& batch, const KvCache::Plan* cache, std::span<const float> g,
                     float share, bool bucketed);
   struct Layout {  // byte offsets in a block
     size_t ids, positions, targets, g, share, n_tiles, cu, tiles, slots, kv_start, kv_len, end;

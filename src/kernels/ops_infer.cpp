@@ -1,0 +1,144 @@
+#include "kernels/ops_infer.h"
+
+#include "kernels/ops_detail.h"
+#ifdef MM_CUDA
+#include "kernels/cuda/infer_kernels.h"
+#endif
+
+namespace mm::ops {
+
+#ifdef MM_CUDA
+
+static size_t kv_size(KvFormat f) { return f == KvFormat::f32 ? 4 : f == KvFormat::i8 ? 1 : 2; }
+
+static cuda::KvLayer layer_of(const InferKv& kv, int64_t layer, int d_head) {
+  const auto at = static_cast<size_t>(layer * kv.layer_stride);
+  cuda::KvLayer l{.format = kv.format,
+                  .k = static_cast<char*>(kv.k) + at * kv_size(kv.format),
+                  .v = static_cast<char*>(kv.v) + at * kv_size(kv.format)};
+  if (kv.format == KvFormat::i8) {
+    l.k_scale = kv.k_scale + at / static_cast<size_t>(d_head);
+    l.v_scale = kv.v_scale + at / static_cast<size_t>(d_head);
+  }
+  return l;
+}
+
+void paged_norm_rope(const Device& dev, View q, const InferKv& kv, int64_t layer, View k, View v, const int32_t* slots,
+                     View qkv, const NormRope& a) {
+  check_dense(q, a.n, a.n_head * a.d_head, "q");
+  check_dense(qkv, a.n, (a.n_head + 2 * a.n_kv_head) * a.d_head, "qkv");
+  const Zone zone(dev.profiler, "paged_norm_rope", 2 * moved({qkv}), 10.0 * static_cast<double>(qkv.numel()));
+  cuda::paged_norm_rope(gpu(dev), qkv.dtype, q.data, layer_of(kv, layer, a.d_head), k.data, v.data, slots, qkv.data,
+                        {.q_weight = a.q_weight.data,
+                         .k_weight = a.k_weight.data,
+                         .cos = a.cos,
+                         .sin = a.sin,
+                         .positions = a.positions,
+                         .eps = a.eps,
+                         .n = a.n,
+                         .n_head = a.n_head,
+                         .n_kv_head = a.n_kv_head,
+                         .d_head = a.d_head});
+}
+
+void kv_gather(const Device& dev, View k, View v, const InferKv& kv, int64_t layer, const int32_t* start,
+               const PageTable& table, int64_t n_seq, int d_head) {
+  check_dense(v, k.rows(), k.cols(), "v");
+  const Zone zone(dev.profiler, "kv_gather", 2 * moved({k, v}), 0);
+  cuda::kv_gather(gpu(dev), k.dtype, k.data, v.data, layer_of(kv, layer, d_head), start, table.rows, table.ld,
+                  table.block_shift, n_seq, k.rows(), static_cast<int>(k.cols()) / d_head, d_head);
+}
+
+void kv_copy_rows(const Device& dev, const InferKv& kv, int64_t n_layer, const int32_t* from, const int32_t* to,
+                  const int32_t* count, int64_t n, int64_t max_count, int n_kv_head, int d_head) {
+  const Zone zone(dev.profiler, "kv_copy_rows", 0, 0);
+  cuda::kv_copy_rows(gpu(dev), kv, n_layer, from, to, count, n, max_count, n_kv_head, d_head);
+}
+
+void attention_paged(const Device& dev, View out, View q, const InferKv& kv, int64_t layer, const PagedAttention& a) {
+  check_2d(q, out.rows(), a.n_head * a.d_head, "q");
+  const Zone zone(dev.profiler, "attention_paged", moved({q, out}), 0);  // how many keys only the device knows
+  cuda::attention_paged(gpu(dev), q.dtype, layer_of(kv, layer, a.d_head),
+                        {.q = q.data,
+                         .out = out.data,
+                         .ldq = q.ld,
+                         .ldo = out.ld,
+                         .seq = a.seq,
+                         .n_key = a.n_key,
+                         .table = a.table.rows,
+                         .table_ld = a.table.ld,
+                         .block_shift = a.table.block_shift,
+                         .n_row = q.rows(),
+                         .max_key = a.max_key,
+                         .invariant = a.invariant,
+                         .n_head = a.n_head,
+                         .n_kv_head = a.n_kv_head,
+                         .d_head = a.d_head,
+                         .scale = a.scale});
+}
+
+void quantize_i8(const Device& dev, const InferMatrix& to, View w) {
+  check_dense(w, to.n, to.k, "w");
+  cuda::quantize_i8(gpu(dev), static_cast<int8_t*>(const_cast<void*>(to.data)), const_cast<void*>(to.scales), w.f32(),
+                    to.n, to.k);
+}
+
+void linear_i8(const Device& dev, View y, View x, const InferMatrix& w, View residual) {
+  check_dense(y, x.rows(), w.n, "y");
+  check_dense(x, x.rows(), w.k, "x");
+  const double n = static_cast<double>(w.n), k = static_cast<double>(w.k);
+  const Zone zone(dev.profiler, "linear_i8", moved({x, y}) + n * k, 2 * static_cast<double>(x.rows()) * n * k);
+  cuda::linear_i8(gpu(dev), x.dtype, y.data, x.data, static_cast<const int8_t*>(w.data), w.scales, residual.data,
+                  x.rows(), w.n, w.k);
+}
+
+void sample_rows(const Device& dev, int32_t* ids, View logits, const RowSampling* params, const LogitEdit* edits,
+                 const uint32_t* masks) {
+  const Zone zone(dev.profiler, "sample_rows", moved({logits}), 0);
+  cuda::sample_rows(gpu(dev), logits.dtype, ids, nullptr, logits.data, logits.ld, logits.cols(), params, edits, masks,
+                    logits.rows());
+}
+
+void resolve_ids(const Device& dev, int32_t* ids, const int32_t* source, int64_t n) {
+  cuda::resolve_ids(gpu(dev), ids, source, n);
+}
+
+PersistentStep::PersistentStep(const Device& dev, const InferModel& model, const InferKv& kv, int64_t max_rows,
+                               int64_t max_keys) {
+  auto* p = cuda::persistent_decode_create(gpu(dev), model, kv, {.max_rows = max_rows, .max_keys = max_keys}, &why_);
+  if (p == nullptr) return;
+  plan_ = std::shared_ptr<void>(
+      p, [](void* plan) { cuda::persistent_decode_destroy(static_cast<cuda::PersistentDecode*>(plan)); });
+}
+
+void PersistentStep::run(const Device& dev, const InferStep& step, const Sample& s) const {
+  const Zone zone(dev.profiler, "persistent_step", 0, 0);
+  cuda::persistent_decode_run(
+      gpu(dev), static_cast<cuda::PersistentDecode*>(plan_.get()), step,
+      {.params = s.params, .edits = s.edits, .masks = s.masks, .prev_ids = s.prev_ids, .next_ids = s.next_ids});
+}
+
+#else  // no device of this kind can be opened
+
+static void no_gpu() { MM_CHECK(false, "a build without CUDA"); }
+void paged_norm_rope(const Device&, View, const InferKv&, int64_t, View, View, const int32_t*, View, const NormRope&) {
+  no_gpu();
+}
+void kv_gather(const Device&, View, View, const InferKv&, int64_t, const int32_t*, const PageTable&, int64_t, int) {
+  no_gpu();
+}
+void kv_copy_rows(const Device&, const InferKv&, int64_t, const int32_t*, const int32_t*, const int32_t*, int64_t,
+                  int64_t, int, int) {
+  no_gpu();
+}
+void attention_paged(const Device&, View, View, const InferKv&, int64_t, const PagedAttention&) { no_gpu(); }
+void quantize_i8(const Device&, const InferMatrix&, View) { no_gpu(); }
+void linear_i8(const Device&, View, View, const InferMatrix&, View) { no_gpu(); }
+void sample_rows(const Device&, int32_t*, View, const RowSampling*, const LogitEdit*, const uint32_t*) { no_gpu(); }
+void resolve_ids(const Device&, int32_t*, const int32_t*, int64_t) { no_gpu(); }
+PersistentStep::PersistentStep(const Device&, const InferModel&, const InferKv&, int64_t, int64_t) { no_gpu(); }
+void PersistentStep::run(const Device&, const InferStep&, const Sample&) const { no_gpu(); }
+
+#endif
+
+}  // namespace mm::ops
