@@ -7,44 +7,19 @@
 #include "base/error.h"
 #include "base/fs.h"
 #include "base/json.h"
+#include "engine/test_model.h"
 #include "text/bpe_trainer.h"
 
 namespace mm {
 
-static ModelConfig small_config(int64_t vocab) {
-  ModelConfig c;
-  c.hidden_size = 48;
-  c.intermediate_size = 80;
-  c.num_hidden_layers = 2;
-  c.num_attention_heads = 4;
-  c.num_key_value_heads = 2;
-  c.head_dim = 12;
-  c.vocab_size = vocab;
-  c.max_position_embeddings = 96;
-  return c;
-}
-
-// A random model says something of its own: without this its logits are all but equal.
 static std::unique_ptr<Model> lively_model(int64_t vocab, uint64_t seed) {
-  auto model = Model::random(small_config(vocab), seed);
-  for (const ParamSpec& spec : model->table.specs()) {
-    if (spec.init == Init::ones) continue;
-    float* w = model->weights.view(spec).f32();
-    for (int64_t i = 0; i < spec.shape.numel(); i++) w[i] *= 12;
-  }
-  return model;
+  return lively_model(small_config(vocab), seed);
 }
 
 static Tokenizer small_tokenizer() {
   BpeTrainer trainer({.vocab_size = 300});
   trainer.feed({"the sea is wide and the sky is high", "你好，世界。你好，海洋。", "one two three four"});
   return trainer.train();
-}
-
-static std::vector<int32_t> some_prompt(int64_t n, int64_t vocab, int64_t from = 0) {
-  std::vector<int32_t> ids;
-  for (int64_t i = 0; i < n; i++) ids.push_back(static_cast<int32_t>(((from + i) * 37 + 11) % vocab));
-  return ids;
 }
 
 static GenerateRequest greedy(std::vector<int32_t> prompt, int64_t n) {
@@ -294,6 +269,28 @@ TEST(Generate, AConversationReusesItsBeginning) {
   const auto branched = run_one(reusing, greedy(other, 7));
   EXPECT_EQ(branched.cached_tokens, 16);
   EXPECT_EQ(branched.ids, run_one(fresh, greedy(other, 7)).ids);
+}
+
+TEST(Generate, SpeculationByNgramsChangesNoToken) {
+  const auto model = lively_model(97, 15);
+  Generator plain(*model, std::nullopt, {.max_sequences = 3}),
+      speculating(*model, std::nullopt, {.max_sequences = 3, .ngram_draft = 4});
+  std::vector<GenerateRequest> requests;
+  for (int64_t i = 0; i < 6; i++) {
+    auto r = greedy(some_prompt(6, 5, i), 60);  // five tokens, so that beginnings come back
+    r.sampling.greedy = i % 2 == 0;
+    r.sampling.top_k = 4;
+    r.sampling.seed = static_cast<uint64_t>(i);
+    if (i == 4) r.sampling.repetition_penalty = 1.05f;
+    requests.push_back(r);
+  }
+  const auto expected = plain.run(requests), result = speculating.run(requests);
+  int64_t accepted = 0;
+  for (size_t i = 0; i < requests.size(); i++) {
+    EXPECT_EQ(result[i].ids, expected[i].ids) << i;
+    accepted += result[i].accepted_tokens;
+  }
+  EXPECT_GT(accepted, 0);
 }
 
 TEST(Generate, BadRequestsAreErrorsBeforeAnythingRuns) {

@@ -1,0 +1,319 @@
+#include "engine/engine.h"
+
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+
+#include "base/error.h"
+#include "engine/test_model.h"
+#include "model/forward.h"
+#include "text/bpe_trainer.h"
+
+namespace mm {
+
+namespace {
+
+// Collects what requests are answered, from any thread.
+class Answers {
+ public:
+  struct Answer {
+    std::vector<int32_t> ids;
+    std::vector<float> logprobs, embedding;
+    std::string text, error;
+    int n_finished = 0;
+    EngineEvent last;
+  };
+  // The sink of choice 0.. of a request named `name`.
+  std::function<void(EngineEvent&&)> sink(int name) {
+    return [this, name](EngineEvent&& e) {
+      const std::lock_guard lock(mutex_);
+      Answer& a = all_[{name, e.choice}];
+      a.ids.insert(a.ids.end(), e.ids.begin(), e.ids.end());
+      a.logprobs.insert(a.logprobs.end(), e.logprobs.begin(), e.logprobs.end());
+      a.text += e.text;
+      n_events++;
+      if (!e.embedding.empty()) a.embedding = e.embedding;
+      if (!e.finished) return;
+      a.n_finished++;
+      a.last = std::move(e);
+      n_finished++;
+      changed_.notify_all();
+    };
+  }
+  void wait(int n) {
+    std::unique_lock lock(mutex_);
+    ASSERT_TRUE(changed_.wait_for(lock, std::chrono::seconds(60), [&] { return n_finished >= n; }));
+  }
+  void wait_events(int n) {
+    for (int i = 0; i < 6000 && n_events < n; i++) std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    ASSERT_GE(n_events, n);
+  }
+  Answer get(int name, int choice = 0) {
+    const std::lock_guard lock(mutex_);
+    return all_[{name, choice}];
+  }
+  std::atomic<int> n_events = 0;
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::map<std::pair<int, int>, Answer> all_;
+  int n_finished = 0;
+};
+
+EngineOptions small_options() {
+  EngineOptions o;
+  o.weights = WeightFormat::f32;
+  o.kv = KvFormat::f32;
+  o.max_sequences = 8;
+  o.kv_tokens = 1024;
+  o.step_tokens = 32;
+  return o;
+}
+
+EngineRequest request(std::vector<int32_t> prompt, int64_t n) {
+  EngineRequest r;
+  r.prompt = std::move(prompt);
+  r.sampling.greedy = true;
+  r.max_new_tokens = n;
+  return r;
+}
+
+TEST(Engine, ManyThreadsSubmitAndAllAreAnswered) {
+  const auto model = lively_model(small_config(97), 1);
+  Engine engine(*model, std::nullopt, small_options());
+  Answers alone, together;
+  for (int i = 0; i < 24; i++) {
+    auto r = request(some_prompt(3 + i, 97, i), 20);
+    r.sink = alone.sink(i);
+    ASSERT_EQ(engine.submit(r).status, SubmitStatus::accepted);
+    alone.wait(i + 1);
+  }
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 4; t++) {
+    threads.emplace_back([&, t] {
+      for (int i = t; i < 24; i += 4) {
+        auto r = request(some_prompt(3 + i, 97, i), 20);
+        r.sink = together.sink(i);
+        EXPECT_EQ(engine.submit(std::move(r)).status, SubmitStatus::accepted);
+      }
+    });
+  }
+  for (auto& t : threads) t.join();
+  together.wait(24);
+  for (int i = 0; i < 24; i++) {
+    EXPECT_EQ(together.get(i).ids, alone.get(i).ids) << i;
+    EXPECT_EQ(together.get(i).last.finish, FinishReason::length);
+    EXPECT_EQ(together.get(i).last.prompt_tokens, 3 + i);
+    EXPECT_EQ(together.get(i).last.completion_tokens, 20);
+  }
+  engine.drain(10);
+  const EngineStats s = engine.stats();
+  EXPECT_EQ(s.n_submitted, 48);
+  EXPECT_EQ(s.n_finished, 48);
+  EXPECT_EQ(s.n_block_used, 0);
+  EXPECT_EQ(s.generated_tokens, 48 * 20);
+}
+
+TEST(Engine, AFullQueueRefusesAndADrainedEngineTakesNothing) {
+  const auto model = lively_model(small_config(97), 2);
+  EngineOptions o = small_options();
+  o.queue_limit = 2;
+  o.max_sequences = 1;
+  Engine engine(*model, std::nullopt, o);
+  Answers answers;
+  int accepted = 0, refused = 0;
+  for (int i = 0; i < 200; i++) {
+    auto r = request(some_prompt(5, 97, i), 80);
+    r.sink = answers.sink(i);
+    const Submitted s = engine.submit(std::move(r));
+    accepted += s.status == SubmitStatus::accepted;
+    if (s.status != SubmitStatus::queue_full) continue;
+    refused++;
+    EXPECT_GE(s.retry_after_seconds, 1.0);
+  }
+  EXPECT_GT(refused, 0);
+  answers.wait(accepted);
+  engine.drain(10);
+  EXPECT_EQ(engine.submit(request({1, 2}, 2)).status, SubmitStatus::stopping);
+  EXPECT_EQ(engine.stats().n_rejected, refused + 1);
+  EXPECT_EQ(engine.stats().n_finished, accepted);
+}
+
+TEST(Engine, CancelDeadlineAndTheEndOfTheEngine) {
+  ModelConfig config = small_config(97);
+  config.max_position_embeddings = 4096;
+  const auto model = lively_model(config, 3);
+  Answers answers;
+  {
+    EngineOptions o = small_options();
+    o.kv_tokens = 8 * 4096;
+    Engine engine(*model, std::nullopt, o);
+    auto r = request(some_prompt(5, 97), 4000);
+    r.sink = answers.sink(0);
+    const uint64_t id = engine.submit(r).id;
+    r.deadline_seconds = 0.05;
+    r.sink = answers.sink(1);
+    engine.submit(r);
+    r.deadline_seconds = 0;
+    r.n = 3;
+    r.sink = answers.sink(2);
+    engine.submit(r);
+    answers.wait_events(20);
+    engine.cancel(id);
+    engine.cancel(12345);
+    answers.wait(2);
+    EXPECT_EQ(answers.get(0).last.finish, FinishReason::cancelled);
+    EXPECT_EQ(answers.get(1).last.finish, FinishReason::timeout);
+    EXPECT_EQ(answers.get(0).n_finished, 1);
+    const BlockMap map = engine.block_map();
+    EXPECT_EQ(map.n_block, 8 * 4096 / 16);
+    EXPECT_FALSE(map.owners.empty());
+  }
+  for (int choice = 0; choice < 3; choice++) EXPECT_EQ(answers.get(2, choice).last.finish, FinishReason::cancelled);
+}
+
+TEST(Engine, EmbeddingsAreTheMeanOfTheFinalHiddenStates) {
+  const auto model = lively_model(small_config(97), 4);
+  EngineOptions o = small_options();
+  o.step_tokens = 7;  // several chunks
+  Engine engine(*model, std::nullopt, o);
+  Answers answers;
+  auto r = request(some_prompt(40, 97), 1);
+  r.embed = true;
+  r.sink = answers.sink(0);
+  engine.submit(r);
+  auto text = request(some_prompt(30, 97, 3), 10);
+  text.sink = answers.sink(1);
+  engine.submit(text);
+  answers.wait(2);
+  Activations acts(model->config, 40, false);
+  TokenBatch batch;
+  batch.clear();
+  batch.ids = r.prompt;
+  for (int32_t i = 0; i < 40; i++) batch.positions.push_back(i);
+  batch.cu_seqlens = {0, 40};
+  forward({}, *model, batch, acts);
+  const auto d = static_cast<size_t>(model->config.hidden_size);
+  std::vector<double> mean(d);
+  double norm = 0;
+  for (size_t i = 0; i < d; i++) {
+    for (size_t t = 0; t < 40; t++) mean[i] += static_cast<double>(acts.h.f32()[t * d + i]);
+    norm += mean[i] * mean[i];
+  }
+  const auto embedding = answers.get(0).embedding;
+  ASSERT_EQ(embedding.size(), d);
+  for (size_t i = 0; i < d; i++) EXPECT_NEAR(static_cast<double>(embedding[i]), mean[i] / std::sqrt(norm), 1e-4);
+  EXPECT_EQ(answers.get(1).ids.size(), 10u);
+}
+
+TEST(Engine, BatchInvariantModeGivesTheSameBitsAloneAndAmongSixtyFour) {
+  ModelConfig config = small_config(101);
+  config.hidden_size = 64;
+  config.intermediate_size = 96;
+  config.head_dim = 16;
+  const auto model = lively_model(config, 5);
+  for (const WeightFormat weights : {WeightFormat::f32, WeightFormat::bf16, WeightFormat::i8}) {
+    SCOPED_TRACE(weight_format_name(weights));
+    EngineOptions o = small_options();
+    o.weights = weights;
+    o.kv = weights == WeightFormat::f32 ? KvFormat::f32 : KvFormat::bf16;
+    o.max_sequences = 64;
+    o.kv_tokens = 64 * 96;
+    o.step_tokens = 96;
+    o.batch_invariant = true;
+    Engine engine(*model, std::nullopt, o);
+    EngineRequest wanted = request(some_prompt(37, 101, 7), 30);
+    wanted.sampling.greedy = false;
+    wanted.sampling.temperature = 1.0f;
+    wanted.sampling.seed = 9;
+    wanted.logprobs = 0;
+    Answers answers;
+    wanted.sink = answers.sink(-1);
+    engine.submit(wanted);
+    answers.wait(1);
+    for (int i = 0; i < 63; i++) {
+      auto r = request(some_prompt(2 + i % 40, 101, i), 10 + i % 37);
+      r.sink = answers.sink(i);
+      engine.submit(std::move(r));
+      if (i != 31) continue;
+      wanted.sink = answers.sink(-2);
+      engine.submit(wanted);
+    }
+    answers.wait(65);
+    EXPECT_EQ(answers.get(-2).ids, answers.get(-1).ids);
+    EXPECT_EQ(answers.get(-2).logprobs, answers.get(-1).logprobs);  // bit for bit
+    EXPECT_EQ(answers.get(-1).logprobs.size(), 30u);
+  }
+}
+
+TEST(Engine, EveryLayoutOfTheCacheGivesTheSameTokens) {
+  const auto model = lively_model(small_config(97), 6);
+  std::vector<std::vector<int32_t>> first;
+  for (const KvLayout layout : {KvLayout::paged, KvLayout::preallocated, KvLayout::concat}) {
+    for (const bool fixed : {false, true}) {
+      EngineOptions o = small_options();
+      o.kv_layout = layout;
+      o.static_batch = fixed;
+      Engine engine(*model, std::nullopt, o);
+      Answers answers;
+      for (int i = 0; i < 12; i++) {
+        auto r = request(some_prompt(3 + 2 * i, 97, i), 15);
+        r.n = i % 3 == 0 ? 2 : 1;
+        r.sink = answers.sink(i);
+        engine.submit(std::move(r));
+      }
+      answers.wait(16);
+      for (int i = 0; i < 12; i++) {
+        const auto ids = answers.get(i).ids;
+        if (static_cast<int>(first.size()) == i) first.push_back(ids);
+        EXPECT_EQ(ids, first[static_cast<size_t>(i)]) << kv_layout_name(layout) << " " << fixed << " " << i;
+      }
+    }
+  }
+}
+
+TEST(Engine, BiasesPenaltiesAndSeedsReachTheDraw) {
+  const auto model = lively_model(small_config(97), 7);
+  Engine engine(*model, std::nullopt, small_options());
+  Answers answers;
+  auto r = request(some_prompt(9, 97), 12);
+  r.logit_bias = {{42, 900.0f}};
+  r.sink = answers.sink(0);
+  engine.submit(r);
+  r.sampling.presence_penalty = 100;  // outweighs nothing: the bias is larger
+  r.sink = answers.sink(1);
+  engine.submit(r);
+  r.logit_bias = {{42, 50.0f}};
+  r.sink = answers.sink(2);
+  engine.submit(r);
+  answers.wait(3);
+  EXPECT_EQ(answers.get(0).ids, std::vector<int32_t>(12, 42));
+  EXPECT_EQ(answers.get(1).ids, std::vector<int32_t>(12, 42));
+  auto ids = answers.get(2).ids;  // each token at most once while others are left
+  std::sort(ids.begin(), ids.end());
+  EXPECT_EQ(std::unique(ids.begin(), ids.end()), ids.end());
+}
+
+TEST(Engine, OptionsThatMakeNoSenseAreErrors) {
+  const auto model = lively_model(small_config(97), 8);
+  const auto bad = [&](auto change) {
+    EngineOptions o = small_options();
+    change(o);
+    EXPECT_THROW(Engine(*model, std::nullopt, o), Error);
+  };
+  bad([](auto& o) { o.context = 97; });
+  bad([](auto& o) { o.max_sequences = 0; });
+  bad([](auto& o) { o.block_size = 12; });
+  bad([](auto& o) { o.kv_tokens = 16; });
+  bad([](auto& o) { o.weights = WeightFormat::f16; });
+  bad([](auto& o) { o.draft_tokens = 4; });
+  bad([](auto& o) { o.ngram_draft = 17; });
+}
+
+}  // namespace
+
+}  // namespace mm
