@@ -1,0 +1,388 @@
+// One kernel for a whole decode step; see the contract in infer_kernels.h.
+//
+// One block an SM. Each stage's weight rows are dealt out to the blocks beforehand and packed so that a block's share of
+// the whole model is one contiguous stream, in the order in which it is used (decode_persistent.cuh). A warp copies the
+// stream through a ring in shared memory (bulk copies; cp.async below sm_90) as fast as memory gives it, whatever the
+// other warps wait for, so memory does not idle while blocks exchange activations. 16 warps compute:
+//
+//   qkv       x -> qkv words          every block norms the whole x itself (the root of the mean square is applied
+//                                     behind the product)
+//   attention qkv -> merged or parts  a block a (token, key head, share of the keys); old keys are prefetched a layer
+//                                     ahead
+//   merge     parts -> merged         where a row's keys were split
+//   o         merged, x -> mid
+//   gate_up   mid -> act              4 rows of gate and the same 4 of up a tile
+//   down      act, mid -> out = next x
+//   head      x -> logits -> draw, a block a row
+//
+// Before a stage waits for its input it takes its weights into registers. Inputs are polled words in L2
+// (decode_persistent.cuh): no barrier over the grid. Products by mma.sync m16n8k16 with weights as the A operand; the 16
+// warps split k, their sums meet in shared memory, always in the same order.
+//
+// Bytes a step: all weights once, keys and values once, a few KB of activations a block.
+#include "kernels/cuda/decode_persistent_kernel.cuh"
+#include "tensor/memory.h"
+
+#include <numeric>
+#include <vector>
+
+namespace mm::cuda {
+
+using namespace persistent;
+
+struct PersistentDecode {
+  Params params;
+  int grid = 0, arch = 0, shared_limit = 0;
+  WeightFormat format = WeightFormat::bf16;
+  struct Block {
+    void* p;
+    size_t bytes;
+  };
+  std::vector<Block> memory;
+
+  template <class T>
+  T* take(size_t count) {
+    const size_t bytes = std::max<size_t>(count * sizeof(T), 256);
+    void* p = allocate(bytes, Memory::cuda);
+    memory.push_back({p, bytes});
+    return static_cast<T*>(p);
+  }
+};
+
+namespace {
+
+constexpr size_t align_up(size_t x, size_t a) { return (x + a - 1) / a * a; }
+
+// --- packing ------------------------------------------------------------------------------------------------------
+// One matrix into the stream: tile t begins at unit begin[t]. half > 0: tiles of 4 rows t * 4.. and the 4 rows `half`
+// below them. grid: tiles.
+template <WeightFormat kFormat>
+__global__ void pack_kernel(unsigned char* stream, const uint32_t* begin, const void* data, const f16* scales, int64_t n,
+                            int64_t k, int64_t half) {
+  const int64_t tile = blockIdx.x;
+  const int units = static_cast<int>(k / unit_k(kFormat));
+  unsigned char* to = stream + static_cast<int64_t>(begin[tile]) * unit_bytes(kFormat);
+  for (int i = static_cast<int>(threadIdx.x); i < units * 32; i += static_cast<int>(blockDim.x)) {
+    const int unit = i / 32, lane = i % 32, g = lane / 4, t = lane % 4;
+    const int64_t row = half > 0 ? tile * 4 + g % 4 + (g < 4 ? 0 : half) : tile * 8 + g;
+    uint4 w = make_uint4(0, 0, 0, 0);
+    uint32_t scale = 0;
+    if (row < n) {
+      if constexpr (kFormat == WeightFormat::i8) {
+        const int8_t* from = static_cast<const int8_t*>(data) + row * k + unit * 64 + t * 8;
+        const uint2 a = *reinterpret_cast<const uint2*>(from), b = *reinterpret_cast<const uint2*>(from + 32);
+        w = make_uint4(a.x, a.y, b.x, b.y);
+        scale = *reinterpret_cast<const uint32_t*>(scales + row * (k / 32) + unit * 2);
+      } else {
+        w = *reinterpret_cast<const uint4*>(static_cast<const bf16*>(data) + row * k + unit * 32 + t * 8);
+      }
+    }
+    unsigned char* at = to + static_cast<int64_t>(unit) * unit_bytes(kFormat);
+    reinterpret_cast<uint4*>(at)[lane] = w;
+    if (kFormat == WeightFormat::i8 && t == 0) reinterpret_cast<uint32_t*>(at + 512)[g] = scale;
+  }
+}
+
+void pack(const Context& ctx, WeightFormat format, unsigned char* stream, const uint32_t* begin, const InferMatrix& m,
+          int64_t tiles, int64_t half) {
+  const auto kernel = format == WeightFormat::i8 ? pack_kernel<WeightFormat::i8> : pack_kernel<WeightFormat::bf16>;
+  kernel<<<static_cast<unsigned>(tiles), 256, 0, ctx.stream>>>(stream, begin, m.data, static_cast<const f16*>(m.scales), m.n,
+                                                               m.k, half);
+  MM_CUDA_LAUNCHED();
+}
+
+// --- dealing out --------------------------------------------------------------------------------------------------
+// Every stage's tiles go to the blocks in runs of equal length or one more; the longer ones to those with the least to
+// copy so far.
+struct Deal {
+  std::vector<int2> segments;           // [grid][n_segment]
+  std::vector<uint32_t> block_begin;    // [grid + 1]
+  std::vector<uint32_t> tile_begin;     // of all segments, one after another
+  std::vector<size_t> segment_tiles;    // where each segment's tiles begin in tile_begin
+};
+
+Deal deal_out(int grid, const std::vector<int>& tiles, const std::vector<int>& units) {
+  const size_t n_segment = tiles.size(), blocks = static_cast<size_t>(grid);
+  Deal d;
+  d.segments.resize(blocks * n_segment);
+  std::vector<int64_t> load(blocks, 0);
+  std::vector<size_t> order(blocks);
+  for (size_t s = 0; s < n_segment; s++) {
+    std::iota(order.begin(), order.end(), size_t{0});
+    std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return load[a] < load[b]; });
+    std::vector<int> count(blocks, tiles[s] / grid);
+    for (size_t i = 0; i < static_cast<size_t>(tiles[s] % grid); i++) count[order[i]]++;
+    int first = 0;
+    for (size_t b = 0; b < blocks; b++) {
+      d.segments[b * n_segment + s] = make_int2(first, count[b]);
+      first += count[b];
+      load[b] += int64_t{count[b]} * units[s];
+    }
+  }
+  size_t all = 0;
+  for (size_t s = 0; s < n_segment; s++) {
+    d.segment_tiles.push_back(all);
+    all += static_cast<size_t>(tiles[s]);
+  }
+  d.tile_begin.resize(all);
+  uint32_t at = 0;
+  for (size_t b = 0; b < blocks; b++) {
+    d.block_begin.push_back(at);
+    for (size_t s = 0; s < n_segment; s++) {
+      const int2 run = d.segments[b * n_segment + s];
+      for (int i = 0; i < run.y; i++) {
+        d.tile_begin[d.segment_tiles[s] + static_cast<size_t>(run.x + i)] = at;
+        at += static_cast<uint32_t>(units[s]);
+      }
+    }
+  }
+  d.block_begin.push_back(at);
+  return d;
+}
+
+// --- what can run -------------------------------------------------------------------------------------------------
+const char* unsupported(const Context& ctx, const InferModel& m, const InferKv& kv, const PersistentDecodeLimits& limits) {
+  if (ctx.arch < 80) return "the GPU is older than compute capability 8.0";
+  if (m.n_expert > 0) return "a mixture of experts";
+  if (m.n_layer < 1 || m.n_layer > max_layers) return "more than 64 layers";
+  if (limits.max_rows < 1 || limits.max_rows > max_tokens) return "more than 8 rows";
+  if (kv.format != KvFormat::bf16 && kv.format != KvFormat::i8) return "keys and values are neither bf16 nor int8";
+  const WeightFormat f = m.head.format;
+  if (f != WeightFormat::bf16 && f != WeightFormat::i8) return "weights are neither bf16 nor int8";
+  if (m.embed.format != WeightFormat::bf16 && m.embed.format != WeightFormat::f32 && m.embed.format != WeightFormat::i8)
+    return "the embedding is neither bf16, fp32 nor int8";
+  if (m.d_head != 32 && m.d_head != 64 && m.d_head != 96 && m.d_head != 128) return "d_head is not 32, 64, 96 or 128";
+  const int group = m.n_head / m.n_kv_head;
+  if (m.n_head % m.n_kv_head != 0 || (group != 1 && group != 2 && group != 4)) return "not 1, 2 or 4 heads a key head";
+  if (m.d_ff % 8 != 0) return "d_ff is not a multiple of 8";
+  const auto fits = [&](const InferMatrix& w) {
+    return w.format == f && w.k % unit_k(f) == 0 && units_per_warp(static_cast<int>(w.k / unit_k(f))) <= 8;
+  };
+  for (int64_t l = 0; l < m.n_layer; l++) {
+    const InferLayer& a = m.layers[l];
+    if (!fits(a.qkv) || !fits(a.o) || !fits(a.gate_up) || !fits(a.down))
+      return "a weight's width is too large or no multiple of 64, or formats are mixed";
+  }
+  if (!fits(m.head)) return "the head's width is too large or no multiple of 64";
+  return nullptr;
+}
+
+int kv_round_bytes(const Params& p) {
+  const int size = p.kv_format == KvFormat::i8 ? 1 : 2, lanes = p.d_head >= 64 ? 8 : 4;
+  return 2 * (p.d_head / lanes) * size * n_worker + (size == 1 ? 4 * n_worker : 0);
+}
+
+// Shared memory for n_tok tokens; what is left is the ring. False where that is too small.
+bool plan_shared(Params& p, WeightFormat format, int limit) {
+  SharedPlan& s = p.smem;
+  int k_max = 0;
+  for (const StageShape& shape : p.shape) k_max = std::max(k_max, shape.k);
+  const int group = p.n_head / p.n_kv_head, chunks = (p.d_model + 127) / 128;
+  s.input_stride = 2 * k_max + (2 * k_max % 128 == 0 ? 64 : 0);
+  for (s.held = held_units; s.held >= 1; s.held--) {
+    int tiles = 1, pass = 0;
+    for (const StageShape& shape : p.shape) {
+      const int n = tiles_per_pass(shape.units, s.held);
+      if (n < 1) return false;
+      tiles = std::max(tiles, n), pass = std::max(pass, n * shape.units);
+    }
+    const int part = 4 * std::max(n_warp * tiles * 8 * p.n_tok, n_warp * group * (p.d_head + 2));
+    size_t at = 0;
+    const auto piece = [&](size_t bytes) {
+      const size_t begin = at;
+      at = align_up(at + bytes, 128);
+      return static_cast<int>(begin);
+    };
+    const int slot_bytes = slot_units * unit_bytes(format);
+    const auto rest = [&] {
+      s.full = piece(8 * 64 + 16);
+      s.segments = piece(sizeof(int2) * static_cast<size_t>(4 * p.n_layer + 1));
+      s.residual = piece(static_cast<size_t>(4 * p.n_tok * p.d_model));
+      s.input = piece(static_cast<size_t>(p.n_tok * s.input_stride));
+      s.part = piece(static_cast<size_t>(part));
+      s.sums = piece(static_cast<size_t>(4 * p.n_tok * chunks));
+      s.q = piece(static_cast<size_t>(4 * group * p.d_head));
+      s.knew = piece(static_cast<size_t>(4 * p.d_head + 8));
+      s.rope = piece(static_cast<size_t>(4 * p.d_head));
+      s.kv_ring = piece(static_cast<size_t>(kv_rounds * kv_round_bytes(p)));
+    };
+    rest();
+    s.n_slots = std::min(64, (limit - static_cast<int>(at)) / slot_bytes);
+    if (s.n_slots * slot_units < pass + 2 * slot_units) continue;
+    at = 0;
+    piece(static_cast<size_t>(s.n_slots * slot_bytes));
+    rest();
+    s.bytes = static_cast<int>(at);
+    return s.bytes <= limit;
+  }
+  return false;
+}
+
+using Kernel = void (*)(Params);
+Kernel kernel_of(WeightFormat format, bool wide) {
+  if (format == WeightFormat::i8) return wide ? step_kernel<WeightFormat::i8, true> : step_kernel<WeightFormat::i8, false>;
+  return wide ? step_kernel<WeightFormat::bf16, true> : step_kernel<WeightFormat::bf16, false>;
+}
+
+template <class T>
+void upload(const Context& ctx, T* to, const std::vector<T>& from) {
+  MM_CUDA_CHECK(cudaMemcpyAsync(to, from.data(), from.size() * sizeof(T), cudaMemcpyHostToDevice, ctx.stream));
+}
+
+void plan_exchange(PersistentDecode& d) {
+  Params& p = d.params;
+  Exchange& ex = p.ex;
+  const int64_t rows = p.max_rows, width = p.n_head * p.d_head, group = p.n_head / p.n_kv_head;
+  int64_t at = 0;
+  const auto piece = [&](int64_t words) {
+    const int64_t begin = at;
+    at += words;
+    return begin;
+  };
+  ex.part_words = static_cast<int>(align_up(static_cast<size_t>(group * (p.d_head + 2)), 4));
+  ex.n_parts = std::max(d.grid, p.max_rows * p.n_kv_head);
+  ex.qkv = piece(rows * (width + 2 * p.n_kv_head * p.d_head));
+  ex.parts = piece(int64_t{ex.n_parts} * ex.part_words);
+  ex.merged = piece(rows * width / 2);
+  ex.mid = piece(rows * p.d_model);
+  ex.act = piece(rows * p.d_ff / 2);
+  ex.out = piece(rows * p.d_model);
+  ex.layer_words = at;
+  ex.logits = at * p.n_layer;
+  ex.logit_words = static_cast<int>(align_up(static_cast<size_t>(p.n_vocab), 8));
+  ex.set_words = ex.logits + rows * ex.logit_words;
+  auto* words = d.take<uint32_t>(static_cast<size_t>(2 * ex.set_words));
+  ex.set[0] = words, ex.set[1] = words + ex.set_words;
+}
+
+}  // namespace
+
+PersistentDecode* persistent_decode_create(const Context& ctx, const InferModel& m, const InferKv& kv,
+                                           const PersistentDecodeLimits& limits, const char** why) {
+  *why = unsupported(ctx, m, kv, limits);
+  if (*why != nullptr) return nullptr;
+  int device = 0, shared_limit = 0, cooperative = 0;
+  MM_CUDA_CHECK(cudaGetDevice(&device));
+  MM_CUDA_CHECK(cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  MM_CUDA_CHECK(cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device));
+  if (cooperative == 0) {
+    *why = "the GPU cannot start all blocks of a kernel at once";
+    return nullptr;
+  }
+  auto* d = new PersistentDecode();
+  const auto give_up = [&](const char* reason) {
+    persistent_decode_destroy(d);
+    *why = reason;
+    return static_cast<PersistentDecode*>(nullptr);
+  };
+  d->format = m.head.format, d->arch = ctx.arch, d->shared_limit = shared_limit - 1024;
+  // A block without tiles of gate_up might not have begun when block 0 ends.
+  d->grid = static_cast<int>(std::min<int64_t>(ctx.n_sm, m.d_ff / 4));
+  Params& p = d->params;
+  p = Params();
+  p.d_model = static_cast<int>(m.d_model), p.d_ff = static_cast<int>(m.d_ff), p.n_layer = static_cast<int>(m.n_layer);
+  p.n_vocab = static_cast<int>(m.n_vocab), p.n_head = m.n_head, p.n_kv_head = m.n_kv_head, p.d_head = m.d_head;
+  p.eps = m.eps, p.scale2 = m.attention_scale * log2_e;
+  p.max_rows = static_cast<int>(limits.max_rows);
+  p.cos = m.cos, p.sin = m.sin;
+  p.embed = m.embed.data, p.embed_scales = m.embed.scales, p.embed_format = m.embed.format;
+  p.kv_format = kv.format, p.k = kv.k, p.v = kv.v, p.k_scale = kv.k_scale, p.v_scale = kv.v_scale;
+  p.kv_layer_stride = kv.layer_stride;
+  const int uk = unit_k(d->format);
+  const InferMatrix* of_stage[5] = {&m.layers[0].qkv, &m.layers[0].o, &m.layers[0].gate_up, &m.layers[0].down, &m.head};
+  for (int i = 0; i < 5; i++) p.shape[i] = {static_cast<int>(of_stage[i]->k / uk), static_cast<int>(of_stage[i]->k)};
+  if (p.max_rows * p.n_kv_head > d->grid) return give_up("too few multiprocessors for so many key heads");
+  for (int n = 1; n <= p.max_rows; n++) {
+    p.n_tok = n;
+    if (!plan_shared(p, d->format, d->shared_limit)) return give_up("the shared memory of a multiprocessor is too small");
+    const Kernel kernel = kernel_of(d->format, n > 4);
+    MM_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, p.smem.bytes));
+    int resident = 0;
+    MM_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, n_thread, static_cast<size_t>(p.smem.bytes)));
+    if (resident < 1) return give_up("the kernel does not fit a multiprocessor");
+    MM_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, d->shared_limit));
+  }
+
+  // Weights.
+  std::vector<int> tiles, units;
+  for (int64_t l = 0; l <= m.n_layer; l++) {
+    for (int i = 0; i < 4 && l < m.n_layer; i++) {
+      const int64_t n = i == 0 ? m.layers[l].qkv.n : i == 1 ? m.layers[l].o.n : i == 2 ? 2 * m.d_ff : m.layers[l].down.n;
+      tiles.push_back(static_cast<int>(div_up(n, rows_per_tile))), units.push_back(p.shape[i].units);
+    }
+  }
+  tiles.push_back(static_cast<int>(div_up(m.n_vocab, rows_per_tile))), units.push_back(p.shape[stage_head].units);
+  const Deal deal = deal_out(d->grid, tiles, units);
+  auto* segments = d->take<int2>(deal.segments.size());
+  auto* block_begin = d->take<uint32_t>(deal.block_begin.size());
+  auto* tile_begin = d->take<uint32_t>(deal.tile_begin.size());
+  auto* stream = d->take<unsigned char>(size_t{deal.block_begin.back()} * static_cast<size_t>(unit_bytes(d->format)));
+  p.norm_stride = p.d_model * 2 + (m.layers[0].q_norm != nullptr ? 2 * p.d_head : 0);
+  p.norm_q = m.layers[0].q_norm != nullptr ? 2 * p.d_model : -1;
+  auto* norms = d->take<float>(static_cast<size_t>(p.n_layer * p.norm_stride + p.d_model));
+  p.state = d->take<State>(1);
+  plan_exchange(*d);
+  MM_CUDA_CHECK(cudaDeviceSynchronize());  // the zeroing of fresh memory is on another stream
+  MM_CUDA_CHECK(cudaMemsetAsync(p.ex.set[0], 0xff, static_cast<size_t>(2 * p.ex.set_words) * 4, ctx.stream));
+  upload(ctx, segments, deal.segments);
+  upload(ctx, block_begin, deal.block_begin);
+  upload(ctx, tile_begin, deal.tile_begin);
+  p.segments = segments, p.block_begin = block_begin, p.stream = stream, p.norms = norms;
+  const auto copy_norm = [&](int64_t at, const float* from, int64_t n) {
+    MM_CUDA_CHECK(cudaMemcpyAsync(norms + at, from, static_cast<size_t>(n) * 4, cudaMemcpyDeviceToDevice, ctx.stream));
+  };
+  for (int64_t l = 0; l < m.n_layer; l++) {
+    const InferLayer& a = m.layers[l];
+    const InferMatrix* w[4] = {&a.qkv, &a.o, &a.gate_up, &a.down};
+    for (size_t i = 0; i < 4; i++) {
+      const size_t s = static_cast<size_t>(4 * l) + i;
+      pack(ctx, d->format, stream, tile_begin + deal.segment_tiles[s], *w[i], tiles[s], i == stage_gate_up ? m.d_ff : 0);
+    }
+    copy_norm(l * p.norm_stride, a.input_norm, m.d_model);
+    copy_norm(l * p.norm_stride + m.d_model, a.post_norm, m.d_model);
+    if (p.norm_q >= 0) {
+      copy_norm(l * p.norm_stride + p.norm_q, a.q_norm, m.d_head);
+      copy_norm(l * p.norm_stride + p.norm_q + m.d_head, a.k_norm, m.d_head);
+    }
+  }
+  pack(ctx, d->format, stream, tile_begin + deal.segment_tiles.back(), m.head, tiles.back(), 0);
+  copy_norm(m.n_layer * p.norm_stride, m.final_norm, m.d_model);
+  MM_CUDA_CHECK(cudaStreamSynchronize(ctx.stream));
+  p.resident_16ths = 0;
+  return d;
+}
+
+void persistent_decode_destroy(PersistentDecode* d) noexcept {
+  if (d == nullptr) return;
+  for (const auto& b : d->memory) release(b.p, b.bytes, Memory::cuda);
+  delete d;
+}
+
+void persistent_decode_run(const Context& ctx, PersistentDecode* d, const InferStep& step,
+                           const PersistentDecodeSample& sample) {
+  if (step.n_tok == 0) return;
+  Params p = d->params;
+  if (step.n_tok > p.max_rows) fail("persistent decode", "more rows than it was made for", __FILE__, __LINE__);
+  p.n_tok = static_cast<int>(step.n_tok);
+  p.max_split = d->grid / (p.n_tok * p.n_kv_head);
+  plan_shared(p, d->format, d->shared_limit);
+  p.ids = step.ids, p.prev_ids = sample.prev_ids, p.positions = step.positions, p.slots = step.slots;
+  p.kv_len = step.kv_len, p.table = step.table, p.table_ld = step.table_ld, p.block_shift = step.block_shift;
+  p.logits = step.logits, p.hidden = step.hidden;
+  p.draw = sample.params != nullptr;
+  p.sampling = sample.params, p.edits = sample.edits, p.masks = sample.masks;
+  p.next_ids = sample.next_ids, p.next_ids_host = sample.next_ids_host;
+  cudaLaunchAttribute together = {};
+  together.id = cudaLaunchAttributeCooperative;
+  together.val.cooperative = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(d->grid));
+  config.blockDim = dim3(n_thread);
+  config.dynamicSmemBytes = static_cast<size_t>(p.smem.bytes);
+  config.stream = ctx.stream;
+  config.attrs = &together;
+  config.numAttrs = 1;
+  MM_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel_of(d->format, p.n_tok > 4), p));
+}
+
+}  // namespace mm::cuda

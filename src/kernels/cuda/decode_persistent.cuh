@@ -1,0 +1,187 @@
+// What the persistent decode step's parts share: the layout of the packed weights, its parameters, and how blocks hand
+// activations to each other. decode_persistent.cu describes the whole.
+#pragma once
+
+#include "kernels/cuda/attention_mma.cuh"
+#include "kernels/cuda/infer_kernels.h"
+
+namespace mm::cuda::persistent {
+
+constexpr int n_warp = 16, n_worker = 32 * n_warp;  // threads that compute
+constexpr int n_thread = n_worker + 64;             // a warp that copies weights, a warp that keeps house
+constexpr int max_tokens = 8, max_layers = 64;
+
+// --- packed weights -----------------------------------------------------------------------------------------------
+// A tile is 8 rows of a matrix, stored as units of 8 rows x unit_k columns in the order in which a warp's lanes hold
+// them: lane l has row l / 4.
+//   bf16: 512 bytes, 32 columns; 16 bytes a lane, columns 8 (l % 4) + 0..7
+//   i8: 544 bytes, 64 columns; 16 bytes a lane, columns 8 (l % 4) + 0..7 of the first group of 32, then of the second;
+//       behind them 8 x {f16 scale of the first group, of the second}
+// Tiles of gate_up hold 4 rows of gate, then the same 4 of up. A block's tiles of all stages lie one after another in
+// the order in which it uses them: one stream.
+constexpr int rows_per_tile = 8, slot_units = 16;
+__host__ __device__ constexpr int unit_k(WeightFormat f) { return f == WeightFormat::i8 ? 64 : 32; }
+__host__ __device__ constexpr int unit_bytes(WeightFormat f) { return f == WeightFormat::i8 ? 544 : 512; }
+constexpr int held_units = 10, held_tiles = 5;  // weights that a warp holds in registers: units, of so many tiles
+
+// Tiles of a stage are computed in passes; a warp takes units w, w + 16, ... of every tile of the pass.
+__host__ __device__ constexpr int units_per_warp(int units) { return (units + n_warp - 1) / n_warp; }
+__host__ __device__ constexpr int tiles_per_pass(int units, int held) {
+  const int n = held / units_per_warp(units);
+  return n < held_tiles ? n : held_tiles;
+}
+
+// --- exchange -----------------------------------------------------------------------------------------------------
+// Blocks exchange activations through 32-bit words in global memory that hold `unset` until they are written: a reader
+// polls the word it needs, so data and the news of it travel together and there is no barrier over the grid. Every word
+// is written once a step. Two sets alternate from step to step; the set of the step before is reset during a step.
+// `unset` is a NaN that arithmetic does not make (it makes 0x7fffffff).
+constexpr uint32_t unset = 0xffffffffu;
+
+// Words of one set: [n_layer][layer_words], then logits [max_rows][logit_words]. Within a layer (words from its start):
+struct Exchange {
+  uint32_t *set[2] = {};
+  int64_t layer_words = 0, logits = 0, set_words = 0;
+  int64_t qkv = 0, parts = 0, merged = 0, mid = 0, act = 0, out = 0;  // each [max_rows][width], parts see attention
+  int part_words = 0, n_parts = 0;
+  int logit_words = 0;
+};
+
+struct State {  // on the device; block 0 changes it at the end of a step
+  uint32_t step;
+  int32_t rows[2];   // of the last step on each set
+  int32_t parts[2];  // whether it used `parts`
+};
+
+struct StageShape {
+  int units = 0;  // of a tile
+  int k = 0;
+};
+enum StageKind { stage_qkv = 0, stage_o = 1, stage_gate_up = 2, stage_down = 3, stage_head = 4 };
+
+// Byte offsets in a block's shared memory.
+struct SharedPlan {
+  int full, segments, residual, input, part, sums, q, knew, heads, kv_ring, rope, bytes;
+  int input_stride;  // bytes between tokens of `input`
+  int n_slots, held;
+};
+
+struct Params {
+  int d_model, d_ff, n_layer, n_vocab, n_head, n_kv_head, d_head;
+  float eps, scale2;  // attention scale * log2 e
+  int n_tok, max_rows, max_split;
+  StageShape shape[5];
+  const unsigned char* stream;
+  const uint32_t* block_begin;  // [grid + 1] units
+  const int2* segments;         // [grid][4 n_layer + 1] first tile, tiles
+  const float* norms;           // [n_layer][norm_stride]: input, post, q, k; then final
+  int norm_stride, norm_q;      // norm_q: where q's begins, k's follows; -1: no qk-norm
+  const void* embed;
+  const void* embed_scales;
+  WeightFormat embed_format;
+  const float *cos, *sin;
+  KvFormat kv_format;
+  void *k, *v;
+  float *k_scale, *v_scale;
+  int64_t kv_layer_stride;
+  Exchange ex;
+  State* state;
+  SharedPlan smem;
+  int resident_16ths;  // of the weights that L2 is asked to keep; < 0: no hint
+  // of the step
+  const int32_t *ids, *prev_ids, *positions, *slots, *kv_len, *table;
+  int64_t table_ld;
+  int block_shift;
+  float *logits, *hidden;
+  bool draw;
+  const RowSampling* sampling;
+  const LogitEdit* edits;
+  const uint32_t* masks;
+  int32_t *next_ids, *next_ids_host;
+#ifdef MM_PERSISTENT_PROBE
+  int probe;  // 1: polls do not wait, 2: no weights are copied or waited for, 4: no attention over old keys
+  long long* trace;
+#endif
+};
+
+#ifdef MM_PERSISTENT_PROBE
+__device__ __forceinline__ bool probing(const Params& p, int bit) { return (p.probe & bit) != 0; }
+#else
+__device__ __forceinline__ bool probing(const Params&, int) { return false; }
+#endif
+
+// A wait that lasts longer than any step is a bug: stop instead of hanging the GPU.
+#ifdef MM_PERSISTENT_PROBE
+struct SpinGuard {
+  unsigned n = 0;
+  int what;
+  __device__ __forceinline__ explicit SpinGuard(int w) : what(w) {}
+  __device__ __forceinline__ void spin() {
+    if (++n == (1u << 22)) {
+      printf("persistent decode: stuck at %d, block %d thread %d\n", what, static_cast<int>(blockIdx.x),
+             static_cast<int>(threadIdx.x));
+      __trap();
+    }
+  }
+};
+#else
+struct SpinGuard {
+  __device__ __forceinline__ explicit SpinGuard(int) {}
+  __device__ __forceinline__ void spin() {}
+};
+#endif
+
+__device__ __forceinline__ uint32_t load_word(const uint32_t* p) {
+  uint32_t x;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
+  return x;
+}
+__device__ __forceinline__ uint4 load_words(const uint32_t* p) {
+  uint4 x;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(p)
+               : "memory");
+  return x;
+}
+__device__ __forceinline__ void publish(uint32_t* p, uint32_t x) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(x == unset ? 0x7fffffffu : x) : "memory");
+}
+__device__ __forceinline__ void publish(uint32_t* p, float x) { publish(p, __float_as_uint(x)); }
+
+__device__ __forceinline__ bool any_unset(const uint4& x) {
+  return x.x == unset || x.y == unset || x.z == unset || x.w == unset;
+}
+// Waits for n words at from[i * stride] (n a compile-time constant, all loads in flight at once).
+template <int n>
+__device__ __forceinline__ void await(const Params& p, uint32_t (&x)[n], const uint32_t* (&from)[n], int what) {
+#pragma unroll
+  for (int i = 0; i < n; i++) x[i] = load_word(from[i]);
+  SpinGuard guard(what);
+#pragma unroll
+  for (int i = 0; i < n; i++) {
+    while (x[i] == unset && !probing(p, 1)) x[i] = load_word(from[i]), guard.spin();
+  }
+}
+
+__device__ __forceinline__ void worker_barrier() { asm volatile("bar.sync 1, %0;" ::"n"(n_worker) : "memory"); }
+
+// --- the ring of weights in shared memory -------------------------------------------------------------------------
+__device__ __forceinline__ bool mbarrier_done(uint32_t bar, uint32_t parity) {
+  uint32_t done;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}\n"
+      : "=r"(done)
+      : "r"(bar), "r"(parity)
+      : "memory");
+#else
+  asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}\n"
+               : "=r"(done)
+               : "r"(bar), "r"(parity)
+               : "memory");
+#endif
+  return done != 0;
+}
+
+}  // namespace mm::cuda::persistent
