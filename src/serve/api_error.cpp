@@ -6,7 +6,7 @@ namespace mm {
 
 static std::string_view type_of(int status, std::string_view code) {
   if (status == 429) return "rate_limit_error";
-  if (status >= 500) return code == "draining" ? "service_unavailable" : "server_error";
+  if (status >= 500 && code != "invalid_http") return "server_error";
   if (status == 401) return "authentication_error";
   return "invalid_request_error";
 }

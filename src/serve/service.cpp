@@ -97,7 +97,13 @@ void Service::add_cors(const HttpRequest& request, Reply& reply) const {
   if (!access.origins.empty()) reply.headers.emplace_back("Vary", "Origin");
 }
 
-Reply Service::get(const HttpRequest& request) const {
+// The answer where something went wrong that is not the client's fault; the other requests go on.
+static Reply failed(const std::exception& e) {
+  log_error("a request failed: {}", e.what());
+  return error_reply({500, "internal_error", "", "The server had an error while processing your request."});
+}
+
+Reply Service::get(const HttpRequest& request) const try {
   switch (request.route) {
     case Route::health: return health();
     case Route::models: return models();
@@ -113,6 +119,8 @@ Reply Service::get(const HttpRequest& request) const {
     default: break;
   }
   return error_reply({404, "unknown_url", "", "Unknown request URL."});
+} catch (const std::exception& e) {
+  return failed(e);
 }
 
 Reply Service::health() const {
@@ -197,9 +205,8 @@ std::variant<Reply, ApiCall> Service::post(Route route, const std::string& body)
     return error_reply(e);
   } catch (const Error& e) {
     return error_reply(bad_value(e.what(), ""));
-  } catch (const std::exception& e) {  // out of memory for this request; the others go on
-    log_error("a request failed: {}", e.what());
-    return error_reply({500, "internal_error", "", "The server had an error while processing your request."});
+  } catch (const std::exception& e) {
+    return failed(e);
   }
 }
 

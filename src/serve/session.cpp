@@ -216,7 +216,7 @@ class Session : public Connection, public std::enable_shared_from_this<Session<S
               fmt::format("The body is larger than the {} bytes that this server takes.", service_.options.max_body)};
     }
     if (ec == http::error::header_limit) return {431, "headers_too_large", "", "The header is larger than 16 KB."};
-    if (ec == http::error::bad_version) return {505, "invalid_http", "", "HTTP/1.1 or HTTP/1.0 is expected."};
+    if (ec == http::error::bad_version) return {505, "invalid_http", "", "Version 1.1 or 1.0 of HTTP is expected."};
     return {400, "invalid_http", "", "The request is not valid HTTP: " + ec.message() + "."};
   }
 
@@ -224,7 +224,7 @@ class Session : public Connection, public std::enable_shared_from_this<Session<S
   std::optional<ApiError> odd_head(const http::request<http::string_body>& r) const {
     const auto bad = [](const char* what) { return ApiError(400, "invalid_http", "", what); };
     if (r.version() != 11 && r.version() != 10)
-      return ApiError(505, "invalid_http", "", "HTTP/1.1 or HTTP/1.0 is expected.");
+      return ApiError(505, "invalid_http", "", "Version 1.1 or 1.0 of HTTP is expected.");
     if (r.count(http::field::host) > 1 || (r.version() == 11 && r.count(http::field::host) == 0))
       return bad("Exactly one Host header is expected.");
     if (r.count(http::field::content_length) > 1) return bad("More than one Content-Length header.");
@@ -264,12 +264,23 @@ class Session : public Connection, public std::enable_shared_from_this<Session<S
 
   void handle() {
     state_ = State::busy;
+    if (request_.route == Route::blocks) {  // waits for the engine
+      return work(workers_.small, [self = this->shared_from_this()] { return self->service_.get(self->request_); });
+    }
     if (request_.route > Route::detokenize) return answer(service_.get(request_));
     std::string body = std::move(parser_->get().body());
     auto& pool = body.size() > kLargeBody ? workers_.large : workers_.small;
-    asio::post(pool, [self = this->shared_from_this(), route = request_.route, text = std::move(body)] {
-      auto result = self->service_.post(route, text);
-      asio::post(self->thread_.io, [self, r = std::move(result)]() mutable { self->prepared(std::move(r)); });
+    work(pool, [self = this->shared_from_this(), route = request_.route, text = std::move(body)] {
+      return self->service_.post(route, text);
+    });
+  }
+
+  // `job` on another thread, what it returns to prepared() on ours.
+  template <class Job>
+  void work(asio::thread_pool& pool, Job job) {
+    asio::post(pool, [self = this->shared_from_this(), j = std::move(job)] {
+      asio::post(self->thread_.io,
+                 [self, r = std::variant<Reply, ApiCall>(j())]() mutable { self->prepared(std::move(r)); });
     });
   }
 
