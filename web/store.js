@@ -3,26 +3,32 @@
 
 const PREFIX = 'minimind.';
 let onproblem = () => {};
-let memory = null;  // stands in where the browser keeps nothing
+let tab = '';     // the API key of this tab
+let area = null;  // localStorage, or a stand-in where the browser keeps nothing
 
-function area() {
-  if (memory) return memory;
+function standIn() {
+  const map = new Map();
+  return {getItem: (k) => map.get(k) ?? null, setItem: (k, v) => map.set(k, v), removeItem: (k) => map.delete(k),
+          key: (i) => [...map.keys()][i] ?? null, get length() { return map.size; }};
+}
+
+export function openStore(problem) {
+  onproblem = problem;
   try {
-    localStorage.setItem(PREFIX + 'probe', '1');
-    localStorage.removeItem(PREFIX + 'probe');
-    return localStorage;
-  } catch (error) {
-    if (error && error.name === 'QuotaExceededError' && localStorage.length) return localStorage;
-    const map = new Map();
-    memory = {getItem: (k) => map.get(k) ?? null, setItem: (k, v) => map.set(k, v), removeItem: (k) => map.delete(k),
-              key: (i) => [...map.keys()][i] ?? null, get length() { return map.size; }};
-    return memory;
+    area = localStorage;
+    if (!area.length) area.setItem(PREFIX + 'settings', '{}');
+  } catch {
+    area = standIn();
+    onproblem('errNoStorage');
   }
+  try {
+    tab = sessionStorage.getItem(PREFIX + 'key') || '';
+  } catch { /* none is kept */ }
 }
 
 function read(key) {
   try {
-    return JSON.parse(area().getItem(PREFIX + key));
+    return JSON.parse(area.getItem(PREFIX + key));
   } catch {
     return null;
   }
@@ -30,18 +36,10 @@ function read(key) {
 
 function write(key, value) {
   try {
-    area().setItem(PREFIX + key, JSON.stringify(value));
-    return true;
+    area.setItem(PREFIX + key, JSON.stringify(value));
   } catch {
     onproblem('errStorage');
-    return false;
   }
-}
-
-export function openStore(problem) {
-  onproblem = problem;
-  area();
-  if (memory) onproblem('errNoStorage');
 }
 
 export const newId = () => Array.from(crypto.getRandomValues(new Uint32Array(2)), (x) => x.toString(36)).join('');
@@ -75,22 +73,15 @@ export function resetSettings() {
 }
 
 // API key: for this tab, or for this browser if the user wants so. Never part of an export.
-export function apiKey() {
-  try {
-    return sessionStorage.getItem(PREFIX + 'key') || localStorage.getItem(PREFIX + 'key') || '';
-  } catch {
-    return memory ? memory.getItem('key') || '' : '';
-  }
-}
+export const apiKey = () => tab || area.getItem(PREFIX + 'key') || '';
 
 export function setApiKey(key, keep) {
+  tab = key;
   try {
+    if (keep) area.setItem(PREFIX + 'key', key);
+    else area.removeItem(PREFIX + 'key');
     sessionStorage.setItem(PREFIX + 'key', key);
-    if (keep) localStorage.setItem(PREFIX + 'key', key);
-    else localStorage.removeItem(PREFIX + 'key');
-  } catch {
-    if (memory) memory.setItem('key', key);
-  }
+  } catch { /* then it must be given again after a reload */ }
 }
 
 // Conversations -------------------------------------------------------------------------------------------------------
@@ -135,9 +126,9 @@ function cleanChat(raw) {
 export const newChat = () => ({id: newId(), title: '', named: false, created: Date.now(), updated: Date.now(), messages: []});
 
 export function loadChats() {
-  const out = [], store = area();
-  for (let i = 0; i < store.length; i++) {
-    const key = store.key(i);
+  const out = [];
+  for (let i = 0; i < area.length; i++) {
+    const key = area.key(i);
     if (!key || !key.startsWith(PREFIX + 'chat.')) continue;
     const chat = cleanChat(read(key.slice(PREFIX.length)));
     if (chat && chat.messages.length) out.push(chat);
@@ -150,7 +141,7 @@ export function saveChat(chat) {
   else removeChat(chat);
 }
 
-export const removeChat = (chat) => area().removeItem(PREFIX + 'chat.' + chat.id);
+export const removeChat = (chat) => area.removeItem(PREFIX + 'chat.' + chat.id);
 
 export function titleOf(chat) {
   if (chat.title) return chat.title;

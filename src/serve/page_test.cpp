@@ -17,9 +17,8 @@ std::string stripped(const std::filesystem::path& path) {
   EXPECT_TRUE(in.is_open()) << path;
   std::string out;
   for (std::string line; std::getline(in, line);) {
-    const bool first = out.empty();
-    if (!first) line.erase(0, std::min(line.size(), line.find_first_not_of(' ')));
-    if (first || (!line.empty() && line.compare(0, 2, "//") != 0)) out += line + "\n";
+    line.erase(0, std::min(line.size(), line.find_first_not_of(' ')));
+    if (!line.empty() && line.compare(0, 2, "//") != 0) out += line + "\n";
   }
   return out;
 }
