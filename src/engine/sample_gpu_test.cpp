@@ -4,14 +4,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <map>
 
 #include "base/rng.h"
 #include "engine/sampler.h"
+#include "kernels/cases/cuda_arrays.h"
 #include "kernels/cuda/infer_kernels.h"
-#include "kernels/cuda/session.h"
-#include "tensor/memory.h"
 
 namespace mm {
 namespace {
@@ -47,29 +45,10 @@ bool near_border(Sampler& sampler, std::span<const float> logits, const Request&
   return false;
 }
 
-template <class T>
-class OnGpu {
- public:
-  OnGpu(const std::vector<T>& x, CUstream_st* stream) : bytes_(std::max<size_t>(x.size() * sizeof(T), 16)) {
-    p_ = allocate(bytes_, Memory::cuda);
-    synchronize(nullptr);
-    if (!x.empty()) copy_async(p_, x.data(), x.size() * sizeof(T), stream);
-    synchronize(stream);
-  }
-  ~OnGpu() { release(p_, bytes_, Memory::cuda); }
-  OnGpu(const OnGpu&) = delete;
-  OnGpu& operator=(const OnGpu&) = delete;
-  T* get() const { return static_cast<T*>(p_); }
+using SampleGpu = cases::CudaTest;
 
- private:
-  size_t bytes_;
-  void* p_;
-};
-
-TEST(SampleGpu, DrawsAsTheHost) {
-  if (!cuda_status().usable) GTEST_SKIP() << "NOT TESTED: " << cuda_status().why_not;
+TEST_F(SampleGpu, DrawsAsTheHost) {
   constexpr size_t n_vocab = 6400, n_row = 500, n_batch = 12;
-  cuda::Session session;
   Sampler sampler;
   size_t differ = 0, borders = 0;
   for (size_t batch = 0; batch < n_batch; batch++) {
@@ -118,16 +97,13 @@ TEST(SampleGpu, DrawsAsTheHost) {
                         .edits_end = static_cast<int32_t>(edits.size())});
       requests.push_back(std::move(r));
     }
-    CUstream_st* const stream = session.ctx.stream;
-    const OnGpu<float> logits_d(logits, stream);
-    const OnGpu<RowSampling> params_d(params, stream);
-    const OnGpu<LogitEdit> edits_d(edits, stream);
-    std::vector<int32_t> got(n_row, -7);
-    const OnGpu<int32_t> ids(got, stream);
-    cuda::sample_rows(session.ctx, DType::f32, ids.get(), nullptr, logits_d.get(), n_vocab, n_vocab, params_d.get(),
-                      edits_d.get(), nullptr, n_row);
-    copy_async(got.data(), ids.get(), n_row * sizeof(int32_t), stream);
-    synchronize(stream);
+    const cases::Device<float> logits_d(logits);
+    const cases::Device<RowSampling> params_d(params);
+    const cases::Device<LogitEdit> edits_d(edits);
+    const cases::Device<int32_t> ids(std::vector<int32_t>(n_row, -7));
+    cuda::sample_rows(cases::context(), DType::f32, ids, nullptr, logits_d, n_vocab, n_vocab, params_d, edits_d,
+                      nullptr, n_row);
+    const std::vector<int32_t> got = ids.get();
     for (size_t i = 0; i < n_row; i++) {
       const Request& r = requests[i];
       const std::span<const float> row(&logits[i * n_vocab], n_vocab);

@@ -34,7 +34,7 @@ constexpr int max_split = 8, invariant_split = 4;
 template <class C, int D, int kWarps>
 struct Ring {
   static constexpr int size = static_cast<int>(sizeof(C)), stages = kWarps == 4 ? 3 : 2;
-  static constexpr int k_chunks = D / 32, k_bytes = 8 * size;                               // of a key and lane
+  static constexpr int k_chunks = D / 32, k_bytes = 8 * size;  // of a key and lane
   static constexpr int v_elements = D % 64 == 0 ? 8 : 4, v_chunks = D / 8 / v_elements, v_bytes = v_elements * size;
   static constexpr int v_at = 32 * 2 * k_chunks * k_bytes, scale_at = v_at + 32 * 4 * v_chunks * v_bytes;
   static constexpr int stage = scale_at + (size == 1 ? 128 : 0), warp = stages * stage, bytes = kWarps * warp;
@@ -390,10 +390,10 @@ __global__ void __launch_bounds__(plain_warps * 32)
 #pragma unroll
     for (int u = 0; u < unroll; u++) {
       const int key = min(first + u, n_key - 1);
-      const int64_t at = static_cast<int64_t>(table[key >> a.block_shift] +
-                                              static_cast<int>(key & ((1u << a.block_shift) - 1))) *
-                             a.n_kv_head +
-                         kv_head;
+      const int64_t at =
+          static_cast<int64_t>(table[key >> a.block_shift] + static_cast<int>(key & ((1u << a.block_shift) - 1))) *
+              a.n_kv_head +
+          kv_head;
       s[u] = 0.0f;
 #pragma unroll
       for (int e = 0; e < E; e++) {
@@ -469,8 +469,8 @@ void launch(const Context& ctx, const KvLayer& kv, const PagedAttention& a, int 
       Scratch(ctx).take<float>(static_cast<size_t>(a.n_row) * static_cast<size_t>(a.n_head * n_split * (D + 2)));
   kernel<<<grid, kWarps * 32, shared, ctx.stream>>>(a, kv, scale2, n_split, part);
   MM_CUDA_LAUNCHED();
-  merge_kernel<T, D><<<dim3(static_cast<unsigned>(a.n_head), static_cast<unsigned>(a.n_row)), D, 0, ctx.stream>>>(
-      a, n_split, part);
+  merge_kernel<T, D>
+      <<<dim3(static_cast<unsigned>(a.n_head), static_cast<unsigned>(a.n_row)), D, 0, ctx.stream>>>(a, n_split, part);
   MM_CUDA_LAUNCHED();
 }
 

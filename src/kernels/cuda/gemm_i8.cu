@@ -8,8 +8,8 @@
 //   block = 8 warps: WN along n, 16 R weight rows each, times WK along k (each a run of groups); all of 8 NT tokens
 //   warps of one piece of n add up in halves through shared memory, always in the same order
 //
-// Weights go from memory to registers, a batch of groups ahead; x comes from the caches. A matrix is read once for up to
-// 128 tokens; more tokens are further blocks, which find it in the L2 cache.
+// Weights go from memory to registers, a batch of groups ahead; x comes from the caches. A matrix is read once for up
+// to 128 tokens; more tokens are further blocks, which find it in the L2 cache.
 //
 // Bytes: n k (1 + 1 / 16) + x + y; few tokens are bound by these.
 //

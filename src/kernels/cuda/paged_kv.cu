@@ -241,8 +241,7 @@ struct Copies {
 
 // Units of type W; grid: x = units of a copy, y = copy, z = layer and which of the arrays.
 template <class W>
-__global__ void __launch_bounds__(256)
-    copy_rows_kernel(W* a, W* b, int64_t layer_units, int row_units, Copies c) {
+__global__ void __launch_bounds__(256) copy_rows_kernel(W* a, W* b, int64_t layer_units, int row_units, Copies c) {
   W* data = (blockIdx.z & 1 ? b : a) + (blockIdx.z >> 1) * layer_units;
   const int64_t units = static_cast<int64_t>(c.count[blockIdx.y]) * row_units;
   const W* from = data + static_cast<int64_t>(c.from[blockIdx.y]) * row_units;
@@ -259,11 +258,10 @@ void copy_rows(const Context& ctx, void* a, void* b, int64_t layer_bytes, int64_
                 blocks = std::min<int64_t>(div_up(max_count * row_units, 256), 64);
   for (int64_t first = 0; first < n_copies; first += 65535) {
     const int64_t n = std::min<int64_t>(n_copies - first, 65535);
-    copy_rows_kernel<W><<<dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(n),
-                               static_cast<unsigned>(2 * n_layer)),
-                          256, 0, ctx.stream>>>(
-        static_cast<W*>(a), static_cast<W*>(b), layer_bytes / static_cast<int64_t>(sizeof(W)),
-        static_cast<int>(row_units), {c.from + first, c.to + first, c.count + first});
+    copy_rows_kernel<W>
+        <<<dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(n), static_cast<unsigned>(2 * n_layer)), 256, 0,
+           ctx.stream>>>(static_cast<W*>(a), static_cast<W*>(b), layer_bytes / static_cast<int64_t>(sizeof(W)),
+                         static_cast<int>(row_units), {c.from + first, c.to + first, c.count + first});
     MM_CUDA_LAUNCHED();
   }
 }
@@ -290,8 +288,9 @@ void paged_norm_rope(const Context& ctx, DType t, void* q_out, const KvLayer& kv
       const auto launch = [&](auto lanes) {
         constexpr int G = lanes.value;
         const int64_t warps = div_up(heads, 32 / G), per_block = warps <= 4 * ctx.n_sm ? 1 : kWarps;
-        norm_rope_kernel<T, C, G><<<static_cast<unsigned>(div_up(warps, per_block)),
-                                    static_cast<unsigned>(per_block * 32), 0, ctx.stream>>>(a, s);
+        norm_rope_kernel<T, C, G>
+            <<<static_cast<unsigned>(div_up(warps, per_block)), static_cast<unsigned>(per_block * 32), 0, ctx.stream>>>(
+                a, s);
       };
       if (aligned({q_out, k_out, v_out, qkv, r.q_weight, r.k_weight, r.cos, r.sin, kv.k, kv.v}) &&
           heads < (int64_t{1} << 31)) {

@@ -8,8 +8,8 @@
 //     where u times the kept sum falls in the running sum (by probability with top-p, else by id, as on the host)
 //
 // Where more than kThreads candidates would have to be sorted (flat or tied logits), thresholds come from selections by
-// 11, 11 and 10 bits of the key, with sums in integers of 2^-28. Every sum has a fixed order or is of integers, so a row
-// gives the same token whatever else is drawn beside it.
+// 11, 11 and 10 bits of the key, with sums in integers of 2^-28. Every sum has a fixed order or is of integers, so a
+// row gives the same token whatever else is drawn beside it.
 //
 // Bytes: n_vocab sizeof(T) a row; the time is that of some fifteen barriers and ten walks over shared memory.
 #include "kernels/cuda/infer_kernels.h"
@@ -28,8 +28,8 @@ __global__ void __launch_bounds__(kThreads)
   extern __shared__ __align__(16) unsigned char memory[];
   auto& shared = *reinterpret_cast<SampleShared<kThreads>*>(memory);
   const int64_t row = blockIdx.x;
-  float* score = scratch != nullptr ? scratch + row * n_vocab
-                                    : reinterpret_cast<float*>(memory + sizeof(SampleShared<kThreads>));
+  float* score =
+      scratch != nullptr ? scratch + row * n_vocab : reinterpret_cast<float*>(memory + sizeof(SampleShared<kThreads>));
   const RowSampling p = params[row];
   const int32_t id = sample_row<kThreads>(shared, score, logits + row * ld, n_vocab, p, edits, masks);
   if (threadIdx.x == 0) {

@@ -342,11 +342,10 @@ __device__ int32_t sample_row(SampleShared<kThreads>& s, float* score, const T* 
   }
 
   // Too many candidates to sort: by selection on the bits of scores and distances.
-  const uint32_t bar =
-      any_k ? 0xffffffffu
-            : select_key(
-                  s, n_vocab, static_cast<uint64_t>(p.top_k - 1), [&](int i) { return descending_key(score[i]); },
-                  [](int) { return 1u; });
+  const uint32_t bar = any_k ? 0xffffffffu
+                             : select_key(
+                                   s, n_vocab, static_cast<uint64_t>(p.top_k - 1),
+                                   [&](int i) { return descending_key(score[i]); }, [](int) { return 1u; });
   const auto in_pool = [&](float x) { return descending_key(x) <= bar; };
   if (any_p) {
     return draw_by_id(s, n_vocab, u, [&](int i) {
