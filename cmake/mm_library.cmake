@@ -45,7 +45,7 @@ function(mm_kernels)
     set(flags_avx512_bf16 ${flags_avx512} -mavx512vnni -mavx512bf16)
     set(flags_amx ${flags_avx512_bf16} -mamx-tile -mamx-bf16)
     foreach(source ${isa_sources})
-      string(REGEX REPLACE ".*/infer_(.*)\\.cpp" "\\1" isa ${source})
+      string(REGEX REPLACE ".*/[a-z]+_(.*)\\.cpp" "\\1" isa ${source})
       # g++ 12 takes _mm512_undefined_* of its own headers for uninitialised.
       set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS
         "${flags_${isa}};-O3;-fno-math-errno;-ffp-contract=fast;-Wno-maybe-uninitialized")

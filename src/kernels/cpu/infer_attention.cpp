@@ -90,6 +90,12 @@ void Worker::rope_and_store(const InferLayer& layer, int64_t l) {
   }
 }
 
+void Worker::attend(const AttendArgs& a, bool f32) const {
+  if (f32) k_.attend(a);
+  else if (k_.attend_few != nullptr && !s_.invariant && a.n_tok == 1 && a.group <= 4) k_.attend_few(a);
+  else k_.attend_bf16(a);
+}
+
 void Worker::attend_tasks(int64_t l) {
   std::atomic<int64_t>& next = s_.next_task[l % 2];
   if (t_ == 0) s_.next_task[(l + 1) % 2] = 0;  // all are past the layer before and not yet in the next
@@ -113,7 +119,7 @@ void Worker::attend_tasks(int64_t l) {
     a.key_end = a.visible + a.n_tok - 1;
     a.out = p_.attn + (step_.cu[seq] + begin) * m_.n_head * dh + head * group * dh;
     a.ldo = m_.n_head * dh;
-    (f32 ? k_.attend : k_.attend_bf16)(a);
+    attend(a, f32);
   }
 }
 
@@ -141,7 +147,7 @@ void Worker::attend_decode(const InferLayer& layer, int64_t l) {
     } else {
       a.out = p_.attn + seq * m_.n_head * dh + head * group * dh;
     }
-    (f32 ? k_.attend : k_.attend_bf16)(a);
+    attend(a, f32);
   }
 }
 

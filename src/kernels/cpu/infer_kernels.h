@@ -81,6 +81,7 @@ struct InferKernels {
 
   void (*attend)(const AttendArgs& a);       // fp32 arithmetic
   void (*attend_bf16)(const AttendArgs& a);  // operands of the two products rounded to bf16
+  void (*attend_few)(const AttendArgs& a);   // the same for one token and up to 4 heads; other order of sums; or null
   void (*begin_thread)();                    // before the first kernel on a thread of a step, e.g. tile configuration
   void (*end_thread)();
 

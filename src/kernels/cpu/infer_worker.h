@@ -68,6 +68,7 @@ class Worker {
   void rope_q(const InferLayer& layer, int64_t token, int head, float* to) const;
   void store_kv(const InferLayer& layer, int64_t token, int kv_head, int64_t l);
   void rope_and_store(const InferLayer& layer, int64_t l);
+  void attend(const AttendArgs& a, bool f32) const;
   void attend_tasks(int64_t l);
   void attend_decode(const InferLayer& layer, int64_t l);
   void combine_token(int64_t token, float* to) const;  // attention of one token, all heads

@@ -141,6 +141,7 @@ const InferKernels infer_kernels = {
     .many_f32 = many_f32,
     .attend = attend,
     .attend_bf16 = attend,
+    .attend_few = nullptr,
     .begin_thread = nothing,
     .end_thread = nothing,
     .few_rows_i8 = 8,

@@ -1,0 +1,202 @@
+// Attention of one token and up to 4 heads in AMX tiles, by stretches of 512 keys:
+//   S [key][4] = K q^T       keys are the first operand, as they lie in the cache
+//   P = exp(S - max)         vectors of 4 keys x 4 rows
+//   O [4][d] += P V          the second operand pairs keys: two rows of values interleaved
+// Bytes bound: keys and values stream once; they are asked for ahead because tiles read them in short pieces.
+#include "kernels/cpu/isa/amx.h"
+
+namespace mm {
+
+namespace {
+
+constexpr int64_t stretch = 512, n_row = 4;
+
+// Tiles: 0, 1 scores [16 keys][4]; 2 queries [16 pairs][4][2]; 3 keys, or values [16 pairs][16][2]; 4 weights
+// [4][32 keys]; 5, 6 output [4][16].
+TileConfig few_row_tiles() {
+  TileConfig c;
+  const auto set = [&](int tile, int rows, int bytes) {
+    c.rows[tile] = static_cast<uint8_t>(rows), c.row_bytes[tile] = static_cast<uint16_t>(bytes);
+  };
+  set(0, 16, 16), set(1, 16, 16), set(2, 16, 16), set(3, 16, 64), set(4, 4, 64), set(5, 4, 64), set(6, 4, 64),
+      set(7, 16, 64);
+  return c;
+}
+
+MM_INLINE void prefetch_rows(const uint16_t* first, int64_t ld, int64_t d) {
+  for (int64_t i = 0; i < 16; i++) {
+    for (int64_t c = 0; c < d; c += 32) _mm_prefetch(reinterpret_cast<const char*>(first + i * ld + c), _MM_HINT_T0);
+  }
+}
+
+struct FewRows {
+  const AttendArgs& a;
+  KvRows kv;
+  int64_t d32, rows;
+  uint16_t *qt, *copy, *vt, *pt;  // qt [d32 / 32] tiles [16][4][2]; pt [stretch / 32] tiles [4][32]
+  float *st, *o;                  // [stretch][4], [4][d32], columns of o as `interleave` leaves them
+
+  explicit FewRows(const AttendArgs& args) : a(args), kv(args), d32(kv.d32), rows(a.n_tok * a.group) {
+    Pieces p{static_cast<char*>(a.scratch)};
+    p.take(&qt, d32 * n_row);
+    p.take(&copy, 32 * d32);
+    p.take(&vt, 2 * infer_tile);
+    p.take(&pt, stretch * n_row);
+    p.take(&st, stretch * n_row);
+    p.take(&o, n_row * d32);
+  }
+
+  void pack_queries() {
+    for (int64_t r = 0; r < n_row; r++) {
+      for (int64_t i = 0; i < d32; i += 16) {
+        const int64_t left = kv.dh - i;
+        const bool none = r >= rows || left <= 0;
+        const float* q = a.q + r / a.group * a.ldq + r % a.group * kv.dh + i;
+        const __m512 x = none ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(first_lanes(left), q);
+        alignas(32) uint32_t pairs[8];
+        _mm256_store_si256(reinterpret_cast<__m256i*>(pairs), (__m256i)_mm512_cvtneps_pbh(x));
+        for (int64_t j = 0; j < 8; j++) __builtin_memcpy(qt + ((i / 2 + j) * n_row + r) * 2, pairs + j, 4);
+      }
+    }
+  }
+
+  void scores(int64_t begin, int64_t end) {
+    const int64_t n_tile = d32 / 32;
+    for (int64_t key = begin; key < end; key += 16) {
+      if (kv.direct()) {
+        if (key + 32 < a.key_end) prefetch_rows(kv.row(a.k, key + 32), a.ld_kv, kv.dh);
+        prefetch_rows(kv.row(a.v, key), a.ld_kv, kv.dh);
+      }
+      int64_t stride = 0;
+      const uint16_t* k = kv.tile_rows(a.k, a.k_scale, key, end, copy, &stride);
+      order_tiles();
+      _tile_zero(0);
+      for (int64_t t = 0; t < n_tile; t++) {
+        _tile_loadd(2, qt + t * 32 * n_row, 16);
+        _tile_loadd(3, k + t * 32, stride);
+        _tile_dpbf16ps(0, 3, 2);
+      }
+      _tile_stored(0, st + (key - begin) * n_row, 16);
+    }
+  }
+
+  // Weights of n keys into pt; top and sum are of 4 lanes (rows), repeated. Returns the factor for earlier sums.
+  __m512 softmax(int64_t n, __m512* top, __m512* sum) {
+    const __m512 minus_inf = _mm512_set1_ps(-__builtin_inff()), scale = _mm512_set1_ps(a.scale);
+    const int64_t padded = (n + 31) / 32 * 32;
+    for (int64_t j = n; j < padded; j++) _mm_storeu_ps(st + j * 4, _mm512_castps512_ps128(minus_inf));
+    __m512 m = *top;
+    for (int64_t j = 0; j < padded; j += 4) {
+      const __m512 s = _mm512_mul_ps(_mm512_loadu_ps(st + j * 4), scale);
+      _mm512_storeu_ps(st + j * 4, s);
+      m = _mm512_max_ps(s, m);  // a NaN leaves the maximum alone and makes its exponential NaN
+    }
+    m = _mm512_max_ps(m, _mm512_shuffle_f32x4(m, m, 0x4e));
+    m = _mm512_max_ps(m, _mm512_shuffle_f32x4(m, m, 0xb1));
+    const __m512 shift = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(m, minus_inf, _CMP_NEQ_UQ), m);
+    const __m512 keep = exp_ps(_mm512_sub_ps(*top, shift));
+    // 8 keys x 4 rows of bf16 -> 4 rows x 8 keys.
+    const __m512i by_row = _mm512_set_epi16(31, 27, 23, 19, 15, 11, 7, 3, 30, 26, 22, 18, 14, 10, 6, 2, 29, 25, 21, 17,
+                                            13, 9, 5, 1, 28, 24, 20, 16, 12, 8, 4, 0);
+    __m512 s0 = _mm512_setzero_ps(), s1 = _mm512_setzero_ps();
+    for (int64_t j = 0; j < padded; j += 8) {
+      const __m512 p0 = exp_ps(_mm512_sub_ps(_mm512_loadu_ps(st + j * 4), shift));
+      const __m512 p1 = exp_ps(_mm512_sub_ps(_mm512_loadu_ps(st + j * 4 + 16), shift));
+      s0 = _mm512_add_ps(s0, p0);
+      s1 = _mm512_add_ps(s1, p1);
+      const __m512i p = _mm512_permutexvar_epi16(by_row, (__m512i)_mm512_cvtne2ps_pbh(p1, p0));
+      uint16_t* to = pt + j / 32 * 128 + j % 32;
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_castsi512_si128(p));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 32), _mm512_extracti32x4_epi32(p, 1));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 64), _mm512_extracti32x4_epi32(p, 2));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 96), _mm512_extracti32x4_epi32(p, 3));
+    }
+    __m512 s = _mm512_add_ps(s0, s1);
+    s = _mm512_add_ps(s, _mm512_shuffle_f32x4(s, s, 0x4e));
+    s = _mm512_add_ps(s, _mm512_shuffle_f32x4(s, s, 0xb1));
+    *sum = _mm512_fmadd_ps(*sum, keep, s);
+    *top = m;
+    return keep;
+  }
+
+  void add_values(int64_t begin, int64_t end) {
+    for (int64_t c = 0; c < d32; c += 32) {
+      order_tiles();
+      _tile_loadd(5, o + c, d32 * 4);
+      _tile_loadd(6, o + c + 16, d32 * 4);
+      for (int64_t key = begin; key < end; key += 32) {
+        for (int64_t half = 0; half < 2; half++) {
+          int64_t stride = 0;
+          const uint16_t* v = kv.tile_rows(a.v, a.v_scale, key + 16 * half, end, copy, &stride);
+#pragma GCC unroll 8
+          for (int64_t i = 0; i < 8; i++, v += stride) {  // two rows of stride / 2 elements
+            const __m512i even = _mm512_loadu_si512(v + c), odd = _mm512_loadu_si512(v + stride / 2 + c);
+            _mm512_storeu_si512(vt + (half * 8 + i) * 32, _mm512_unpacklo_epi16(even, odd));
+            _mm512_storeu_si512(vt + infer_tile + (half * 8 + i) * 32, _mm512_unpackhi_epi16(even, odd));
+          }
+        }
+        order_tiles();
+        _tile_loadd(4, pt + (key - begin) / 32 * 128, 64);
+        _tile_loadd(3, vt, 64);
+        _tile_dpbf16ps(5, 4, 3);
+        _tile_loadd(7, vt + infer_tile, 64);
+        _tile_dpbf16ps(6, 4, 7);
+        order_tiles();
+      }
+      _tile_stored(5, o + c, d32 * 4);
+      _tile_stored(6, o + c + 16, d32 * 4);
+    }
+  }
+
+  // 32 columns of o in their order: unpack took dwords 0-3 of every 128 bits to the first tile, 4-7 to the second.
+  void finish(__m512 top, __m512 sum) const {
+    alignas(64) float m[16], s[16];
+    _mm512_store_ps(m, top);
+    _mm512_store_ps(s, sum);
+    const __m512i first = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0),
+                  second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+    for (int64_t r = 0; r < rows; r++) {
+      float* to = a.partial != nullptr ? a.partial + r * (kv.dh + 2) : a.out + r / a.group * a.ldo + r % a.group * kv.dh;
+      const __m512 inv = _mm512_set1_ps(a.partial != nullptr ? 1.0f : 1.0f / s[r]);
+      for (int64_t c = 0; c < d32; c += 32) {
+        const __m512 lo = _mm512_loadu_ps(o + r * d32 + c), hi = _mm512_loadu_ps(o + r * d32 + c + 16);
+        _mm512_mask_storeu_ps(to + c, first_lanes(kv.dh - c), _mm512_mul_ps(_mm512_permutex2var_ps(lo, first, hi), inv));
+        if (kv.dh - c > 16) {
+          _mm512_mask_storeu_ps(to + c + 16, first_lanes(kv.dh - c - 16),
+                                _mm512_mul_ps(_mm512_permutex2var_ps(lo, second, hi), inv));
+        }
+      }
+      if (a.partial != nullptr) to[kv.dh] = m[r], to[kv.dh + 1] = s[r];
+    }
+  }
+
+  void run() {
+    pack_queries();
+    __m512 top = _mm512_set1_ps(-__builtin_inff()), sum = _mm512_setzero_ps();
+    __builtin_memset(o, 0, static_cast<size_t>(n_row * d32) * 4);
+    for (int64_t key = a.key_begin; key < a.key_end; key += stretch) {
+      const int64_t end = key + stretch < a.key_end ? key + stretch : a.key_end;
+      scores(key, end);
+      alignas(64) float keep[16];
+      _mm512_store_ps(keep, softmax(end - key, &top, &sum));
+      for (int64_t r = 0; key > a.key_begin && r < n_row; r++) {
+        const __m512 f = _mm512_set1_ps(keep[r]);
+        for (int64_t c = 0; c < d32; c += 16)
+          _mm512_storeu_ps(o + r * d32 + c, _mm512_mul_ps(_mm512_loadu_ps(o + r * d32 + c), f));
+      }
+      add_values(key, end);
+    }
+    finish(top, sum);
+  }
+};
+
+}  // namespace
+
+void attend_few_amx(const AttendArgs& a) {
+  static const TileConfig few = few_row_tiles();
+  configure_tiles(few);
+  FewRows(a).run();
+  configure_tiles(whole_tiles());
+}
+
+}  // namespace mm
