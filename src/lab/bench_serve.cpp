@@ -61,22 +61,13 @@ ordered_json run_level(const ServeBenchOptions& o, const std::string& model, int
   if (clients > 0) level.workers = std::min<int>(level.workers, static_cast<int>(clients));
   const std::string name = clients > 0 ? fmt::format("{} clients", clients) : fmt::format("{:g} requests/s", rate);
   const bool by_count = o.n_request > 0;
-  Progress bar(name, by_count ? o.n_request + level.warmup : static_cast<int64_t>(10 * o.seconds),
-               by_count ? "req" : "ds");
+  Progress bar(name, by_count ? o.n_request + level.warmup : static_cast<int64_t>(std::ceil(o.seconds)),
+               by_count ? "requests" : "s");
   const double start = now_seconds();
-  double shown_at = start;
-  int64_t shown_events = 0;
-  std::string speed;
   const LoadResult result = run_load(o.target, level, [&](const LoadCounts& c) {
-    const double now = now_seconds();
-    if (now - shown_at >= 0.5) {
-      const int64_t events = c.events;
-      speed = human_count(static_cast<double>(events - shown_events) / (now - shown_at)) + " events/s";
-      shown_at = now;
-      shown_events = events;
-    }
-    bar.set(by_count ? c.done + c.failed : static_cast<int64_t>(10 * (now - start)),
-            fmt::format("{} running, {} done, {} failed  {}", c.active.load(), c.done.load(), c.failed.load(), speed));
+    bar.rate_units(c.events, "events");
+    bar.set(by_count ? c.done + c.failed : static_cast<int64_t>(now_seconds() - start),
+            fmt::format("{} running, {} done, {} failed", c.active.load(), c.done.load(), c.failed.load()));
     return !InterruptGuard::requested();
   });
   ordered_json j = clients > 0 ? ordered_json{{"clients", clients}} : ordered_json{{"rate", rate}};

@@ -22,6 +22,8 @@ std::string ms(double v) {
   return v < 10 ? fmt::format("{:.2f}", v) : v < 100 ? fmt::format("{:.1f}", v) : fmt::format("{:.0f}", v);
 }
 
+std::string one_digit(const ordered_json& v) { return v.is_number() ? fmt::format("{:.1f}", v.get<double>()) : "?"; }
+
 std::string level_name(const ordered_json& level) {
   return level.contains("clients") ? fmt::format("{}", level["clients"].get<int64_t>())
                                    : fmt::format("{:g}/s", level["rate"].get<double>());
@@ -135,10 +137,10 @@ void write_serve_report(const std::string& folder, const ordered_json& result, c
     for (const Column& c : columns()) md += fmt::format(" {} |", c.cell(l));
     md += "\n";
     if (!l["errors"].empty()) notes += fmt::format("- {}: errors {}\n", level_name(l), l["errors"].dump());
-    notes += fmt::format(
-        "- {}: tokens from {}; prompt {} tokens, output {:.1f} tokens a request; client at {:.0f}% of a core\n",
-        level_name(l), l["tokens_from"].get<std::string>(), l["prompt_tokens_mean"].dump(),
-        l["output_tokens_mean"].get<double>(), 100 * l["client_busiest_worker"].get<double>());
+    notes +=
+        fmt::format("- {}: tokens from {}; prompt {} tokens, output {} tokens a request; client at {:.0f}% of a core\n",
+                    level_name(l), l["tokens_from"].get<std::string>(), one_digit(l["prompt_tokens_mean"]),
+                    one_digit(l["output_tokens_mean"]), 100 * l["client_busiest_worker"].get<double>());
   }
   md += "\n" + notes + "\n![](throughput_ttft.svg)\n![](throughput_tpot.svg)\n![](ttft_cdf.svg)\n";
   write_file(path_join(folder, "report.md"), md);
