@@ -48,7 +48,7 @@ function(mm_kernels)
       string(REGEX REPLACE ".*/[a-z]+_(.*)\\.cpp" "\\1" isa ${source})
       # g++ 12 takes _mm512_undefined_* of its own headers for uninitialised.
       set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS
-        "${flags_${isa}};-O3;-fno-math-errno;-ffp-contract=fast;-Wno-maybe-uninitialized")
+        "${flags_${isa}};-O3;-fno-math-errno;-ffp-contract=fast;-Wno-maybe-uninitialized;-Wno-uninitialized")
     endforeach()
     list(APPEND sources ${isa_sources})
   endif()
