@@ -93,7 +93,8 @@ export class BlocksPane {
       if (this.open && this.map) this.draw();
     }
     if (!this.open) return;
-    clearTimeout(this.timer);  // a large map is asked for less often
+    clearTimeout(this.timer);
+    // A large map is asked for less often.
     this.timer = setTimeout(() => this.poll(), Math.max(PERIOD_MS, 4 * (performance.now() - begun)));
   }
 

@@ -115,7 +115,7 @@ export class Chat {
     this.toEnd();
     this.focus();
     announce(t('working'));
-    answer.run(body).then(() => this.finish(chat, answer));
+    answer.over = answer.run(body).then(() => this.finish(chat, answer));
   }
 
   finish(chat, answer) {
@@ -141,10 +141,14 @@ export class Chat {
   }
 
   // Throws away `from` and what follows, and answers again.
-  again(from, edited) {
-    const fields = this.busy() ? null : this.host.fields();
-    const {chat} = this, at = chat.messages.indexOf(from);
-    if (!fields || at < 0) return;
+  async again(from, edited) {
+    const {chat} = this, running = this.answers.get(chat);
+    if (running) {
+      running.stop();
+      await running.over;
+    }
+    const fields = this.host.fields(), at = chat.messages.indexOf(from);
+    if (!fields || at < 0 || this.chat !== chat) return;
     const before = [...chat.messages];
     chat.messages.splice(at);
     if (edited !== undefined) chat.messages.push({role: 'user', content: edited});
@@ -168,7 +172,7 @@ export class Chat {
 
   editLast() {
     const last = this.chat.messages.findLast((m) => m.role === 'user');
-    if (last && !this.busy()) this.views.get(last).edit();
+    if (last) this.views.get(last).edit();
   }
 
   // A question goes with its answers, an answer with the results of its tools.

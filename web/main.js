@@ -216,6 +216,7 @@ function togglePanel(name) {
 function updateShade() {
   const drawer = (narrow() && $('app').classList.contains('side-on')) || (panel && matchMedia('(max-width: 1179px)').matches);
   $('shade').hidden = !drawer;
+  $('main').inert = Boolean(drawer);
 }
 
 // Composer ------------------------------------------------------------------------------------------------------------

@@ -7,12 +7,11 @@ import {highlight} from './highlight.js';
 import {t} from './i18n.js';
 
 const MAX_DEPTH = 8, MAX_OPEN = 16;  // nested blocks; nested emphasis
-const FENCE = /^( {0,3})(`{3,}|~{3,})\s*([^`]*)$/;
-const HEADING = /^ {0,3}(#{1,6})\s+(.*?)(?:\s+#+)?\s*$/;
+const FENCE = /^( {0,3})(`{3,}|~{3,})([^`]*)$/;
+const HEADING = /^ {0,3}(#{1,6})\s(.*)$/;
 const RULE = /^ {0,3}([-*_])(?:[ \t]*\1){2,}[ \t]*$/;
 const QUOTE = /^ {0,3}> ?(.*)$/;
 const ITEM = /^( *)([-*+]|\d{1,9}[.)])(?:( {1,4})(?! )|(?= {5,})( )|$)(.*)$/;
-const TABLE_RULE = /^ {0,3}\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?\s*$/;
 
 const indentOf = (line) => line.length - line.trimStart().length;
 const startsBlock = (line) => FENCE.test(line) || HEADING.test(line) || RULE.test(line) || QUOTE.test(line);
@@ -20,15 +19,22 @@ const startsBlock = (line) => FENCE.test(line) || HEADING.test(line) || RULE.tes
 function cells(line) {
   const out = [];
   let cell = '', code = false;
-  const row = line.trim().replace(/^\|/, '').replace(/\|$/, '');
+  const row = line.trim().replace(/^\|/, '').replace(/\|$/, ''), lastTick = row.lastIndexOf('`');
   for (let i = 0; i < row.length; i++) {
     if (row[i] === '\\' && row[i + 1] === '|') { cell += '|'; i++; continue; }
     if (row[i] === '`') code = !code;
-    if (row[i] === '|' && !(code && row.indexOf('`', i) >= 0)) { out.push(cell.trim()); cell = ''; continue; }
+    if (row[i] === '|' && !(code && i < lastTick)) { out.push(cell.trim()); cell = ''; continue; }
     cell += row[i];
   }
   out.push(cell.trim());
   return out;
+}
+
+// Whether lines[i + 1] is the rule below a table's head.
+function tableAt(lines, i) {
+  const rule = lines[i + 1];
+  return lines[i].includes('|') && rule !== undefined && rule.includes('-') && /^[\s|:-]+$/.test(rule) &&
+    cells(rule).every((cell) => /^:?-+:?$/.test(cell));
 }
 
 // One list from lines[i] on; returns the line after it.
@@ -82,7 +88,7 @@ export function parseBlocks(text) {
       add({type: 'code', language: info.trim().split(/\s/)[0].slice(0, 30), text: code.join('\n'), closed});
     } else if ((match = HEADING.exec(line))) {
       i++;
-      add({type: 'heading', level: match[1].length, text: match[2]});
+      add({type: 'heading', level: match[1].length, text: match[2].trim().replace(/(^|\s)#+$/, '')});
     } else if (RULE.test(line)) {
       i++;
       add({type: 'rule'});
@@ -92,8 +98,7 @@ export function parseBlocks(text) {
       add({type: 'quote', text: body.join('\n')});
     } else if (ITEM.test(line) && indentOf(line) < 4) {
       i = readList(lines, i, out);
-    } else if (line.includes('|') && i + 1 < lines.length && lines[i + 1].includes('-') && TABLE_RULE.test(lines[i + 1]) &&
-               cells(line).length === cells(lines[i + 1]).length) {
+    } else if (tableAt(lines, i) && cells(line).length === cells(lines[i + 1]).length) {
       const head = cells(line);
       const align = cells(lines[i + 1]).map((c) => (c.endsWith(':') ? (c.startsWith(':') ? 'center' : 'right') : ''));
       const rows = [];
@@ -102,10 +107,8 @@ export function parseBlocks(text) {
       }
       add({type: 'table', head, align, rows});
     } else {
-      for (i++; i < lines.length && lines[i].trim() && !startsBlock(lines[i]) &&
-           !(ITEM.test(lines[i]) && /^ *(?:[-*+]|1[.)]) +\S/.test(lines[i])); i++) {
-        if (lines[i].includes('|') && i + 1 < lines.length && TABLE_RULE.test(lines[i + 1]) && lines[i + 1].includes('-')) break;
-      }
+      for (i++; i < lines.length && lines[i].trim() && !startsBlock(lines[i]) && !tableAt(lines, i) &&
+           !/^ *(?:[-*+]|1[.)]) +\S/.test(lines[i]); i++);
       add({type: 'text', text: lines.slice(start, i).map((l) => l.trim()).join('\n')});
     }
   }
@@ -124,7 +127,7 @@ export function safeUrl(text) {
 const link = (href, ...content) => h('a', {href, target: '_blank', rel: 'noopener noreferrer nofollow'}, ...content);
 
 const SPECIAL = /[\\`*_~[!<\n]|https?:\/\//g;
-const LINK = /!?\[((?:[^[\]\\\n]|\\.){0,500})\]\(\s*<?([^\s()<>]{0,1000}(?:\([^\s()]{0,200}\)[^\s()<>]{0,200}){0,4})>?(?:\s+["'][^"'\n]{0,200}["'])?\s*\)/y;
+const LINK = /!?\[((?:[^[\]\\\n]|\\.){0,500})\]\(\s{0,8}<?([^\s()<>]{0,1000}(?:\([^\s()]{0,200}\)[^\s()<>]{0,200}){0,4})>?(?:\s{1,8}["'][^"'\n]{0,200}["'])?\s{0,8}\)/y;
 const AUTO = /<(https?:\/\/[^\s<>]{1,2000})>/y;
 const BARE = /https?:\/\/[^\s<>"'`，。；：！？、（）《》「」]{1,2000}/y;
 const PUNCTUATION = /[!-/:-@[-`{-~]/;
@@ -173,7 +176,7 @@ function emphasis(items) {
 
 // Inline text to nodes and strings.
 export function inline(text, depth = 0) {
-  const items = [], missing = new Set();  // lengths of backtick runs that have no partner further on
+  const items = [];
   let plain = '', i = 0;
   const push = (item) => {
     if (plain) { items.push(plain); plain = ''; }
@@ -197,13 +200,12 @@ export function inline(text, depth = 0) {
     } else if (c === '`') {
       let n = 1;
       while (text[i + n] === '`') n++;
-      const close = missing.has(n) ? null : at(new RegExp(`(?<!\`)\`{${n}}(?!\`)`, 'g'), text, i + n);
+      const close = at(new RegExp(`(?<!\`)\`{${n}}(?!\`)`, 'g'), text, i + n);
       if (close) {
         const body = text.slice(i + n, close.index).replace(/\n/g, ' ');
-        push(h('code', null, /^ .*[^ ].* $/.test(body) ? body.slice(1, -1) : body));
+        push(h('code', null, body.startsWith(' ') && body.endsWith(' ') && body.trim() ? body.slice(1, -1) : body));
         i = close.index + n;
       } else {
-        missing.add(n);
         plain += text.slice(i, i + n);
         i += n;
       }

@@ -350,6 +350,9 @@ PATHOLOGICAL = {
     "fences": "```\n" * 20000, "urls": "https://" * 8000, "escapes": "\\" * 60000, "spaces": " " * 60000 + "x", "rules": "- " * 20000 + "x",
     "comment": "```js\n" + "/*" * 20000 + "\n```", "strings": "```py\n" + "'''\"" * 15000 + "\n```", "lines": "a\n" * 30000,
     "angles": "<http" * 12000, "tables": "a|b\n-|-\n" * 4000, "hashes": "# " * 20000,
+    "heading of spaces": "# a" + " " * 60000 + "x", "fence of spaces": "```" + " " * 60000 + "`", "rule of spaces": "a|b\n-" + " " * 60000 + "x",
+    "code of spaces": "` " + "a " * 30000 + "a`", "link of spaces": "[a](" + " " * 60000 + "x", "ticked cells": "`" + "|" * 60000 + "\n-|-",
+    "items of spaces": "- " + " " * 60000 + "x", "closing brackets": "https://a.b/" + ")" * 60000, "stars in words": "a*" * 30000,
 }
 
 
@@ -357,14 +360,9 @@ PATHOLOGICAL = {
 def test_no_text_makes_markdown_slow(server, open_page, name):
     page = open_page()
     ms = page.evaluate("""async (text) => {
-      const {parseBlocks, inline} = await import('/markdown.js');
-      const {highlight} = await import('/highlight.js');
+      const {showMarkdown} = await import('/markdown.js');
       const start = performance.now();
-      for (const block of parseBlocks(text)) {
-        if (block.type === 'code') highlight(block.text, block.language);
-        else if (block.text) inline(block.text);
-      }
-      inline(text);
+      showMarkdown(document.createElement('div'), text);
       return performance.now() - start;
     }""", PATHOLOGICAL[name])
     assert ms < 1500, f"{ms:.0f} ms"
@@ -536,6 +534,23 @@ def test_regenerate_edit_delete_undo(server, open_page):
     assert texts(page, ".bubble") == ["first", "second"] and page.locator(".editor").count() == 0
 
 
+@pytest.mark.parametrize("how", ["again", "edit"])
+def test_a_running_answer_gives_way(server, open_page, how):
+    server.replies = [Reply("endless", end="hang"), Reply("new")]
+    page = open_page()
+    ask(page, "x", wait=False)
+    expect(answer(page).locator(".md").last).to_have_text("endless")
+    if how == "again":
+        page.keyboard.press("Alt+r")
+    else:
+        page.keyboard.press("ArrowUp")
+        page.keyboard.type("y")
+        page.keyboard.press("Enter")
+    expect(answer(page).locator(".md").last).to_have_text("new")
+    done(page)
+    assert page.locator(".msg").count() == 2 and texts(page, ".bubble") == ["x" if how == "again" else "xy"]
+
+
 def test_conversations_are_kept(server, open_page):
     numbered(server)
     page = open_page()
@@ -603,6 +618,7 @@ def test_export_and_import(server, open_page, tmp_path):
         expect(other.locator("#toast")).to_have_text("1 conversations imported")
     assert texts(other, "#chats .open") == ["export me 中文"] * 2
     other.reload()
+    expect(other.locator("#chats .open")).to_have_count(2)
     other.locator("#chats .open").first.click()
     assert texts(other, ".bubble") == ["export me 中文"] and other.locator(".tool").count() == 1
 
