@@ -30,7 +30,9 @@ EngineOptions GeneratorOptions::engine_options(const ModelConfig& config) const 
               : type == DType::bf16 ? WeightFormat::bf16
               : type == DType::f16  ? WeightFormat::f16
                                     : WeightFormat::f32;
-  o.kv = type == DType::bf16 ? KvFormat::bf16 : type == DType::f16 ? KvFormat::f16 : KvFormat::f32;
+  o.kv_layout = kv_layout;
+  o.batch_invariant = batch_invariant;
+  o.kv = kv ? *kv : type == DType::bf16 ? KvFormat::bf16 : type == DType::f16 ? KvFormat::f16 : KvFormat::f32;
   o.context = context == 0 ? config.max_position_embeddings : context;
   o.max_sequences = max_sequences;
   o.step_tokens = prefill_chunk;
@@ -41,7 +43,7 @@ EngineOptions GeneratorOptions::engine_options(const ModelConfig& config) const 
     throw Error("sequences at once", fmt::format("1 to {} of {} tokens", INT32_MAX / each, o.context),
                 fmt::format("{}", max_sequences));
   }
-  o.kv_tokens = std::max<int64_t>(1, max_sequences) * each;
+  o.kv_tokens = std::max<int64_t>(1, max_sequences) * each * (kv_layout == KvLayout::concat ? 3 : 1);
   return o;
 }
 

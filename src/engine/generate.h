@@ -56,6 +56,9 @@ struct GeneratorOptions {
   int64_t ngram_draft = 0;  // see EngineOptions
   Device device;
   std::optional<WeightFormat> weights;  // none: as the device computes
+  std::optional<KvFormat> kv;           // likewise
+  KvLayout kv_layout = KvLayout::paged;
+  bool batch_invariant = false;
 
   EngineOptions engine_options(const ModelConfig& config) const;
 };

@@ -65,8 +65,7 @@ RunnerLimits plan_limits(const ModelConfig& config, const EngineOptions& o) {
   const int64_t draft = std::max(o.ngram_draft, o.draft_tokens);
   if (std::min(o.ngram_draft, o.draft_tokens) < 0 || draft > 16)
     throw Error("draft tokens", "0 to 16", fmt::format("{}", draft));
-  if (!o.device.on_gpu() && o.weights == WeightFormat::f16)
-    throw Error("weights", "f32, bf16 or i8 on the CPU", "f16");
+  if (!o.device.on_gpu() && o.weights == WeightFormat::f16) throw Error("weights", "f32, bf16 or i8 on the CPU", "f16");
   const int64_t a_step = o.max_sequences * (1 + draft);
   l.max_out = std::max<int64_t>(a_step, 16);
   const int64_t step = o.step_tokens > 0 ? o.step_tokens : o.device.on_gpu() ? 4096 : 512;
