@@ -39,12 +39,7 @@ static std::vector<std::string> read_flags(const std::string& path, const std::v
     const bool has = std::any_of(given.begin(), given.end(),
                                  [&](const std::string& arg) { return arg == flag || arg.rfind(flag + "=", 0) == 0; });
     if (has) continue;
-    if (item.inputs.size() == 1) {
-      flags.push_back(flag + "=" + item.inputs[0]);
-    } else {
-      flags.push_back(flag);
-      flags.insert(flags.end(), item.inputs.begin(), item.inputs.end());
-    }
+    for (const std::string& value : item.inputs) flags.push_back(flag + "=" + value);
   }
   return flags;
 }

@@ -27,11 +27,11 @@ std::string ApiError::body() const {
 }
 
 ApiError bad_value(std::string_view message, std::string_view param) {
-  // A path has no spaces and ends at the first ": "; what begins like one of ours is one.
+  // A path has no spaces and ends at the first ": "; positions in a text ("regex:3") are no part of it.
   const size_t colon = message.find(": ");
-  const std::string_view where = message.substr(0, colon);
-  const std::string_view top = param.substr(0, param.find_first_of(".["));
-  const bool names = colon != std::string_view::npos && where.starts_with(top) && where.find(' ') == where.npos;
+  std::string_view where = message.substr(0, std::min(colon, message.size()));
+  where = where.substr(0, where.find(':'));
+  const bool names = colon != std::string_view::npos && !param.empty() && where.find(' ') == std::string_view::npos;
   return {400, "invalid_value", std::string(names ? where : param), std::string(message)};
 }
 

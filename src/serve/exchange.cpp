@@ -65,6 +65,7 @@ void Exchange::submit_more() {
       if (submitted.status == SubmitStatus::accepted) {
         ids_.push_back(submitted.id);
         n_submitted_++;
+        service_.metrics.choices_submitted += call_.n;
         continue;
       }
       if (submitted.status == SubmitStatus::queue_full && n_submitted_ > n_finished_) return;  // later

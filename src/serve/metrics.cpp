@@ -90,12 +90,12 @@ std::string Metrics::text(const EngineStats& s, std::span<const std::pair<std::s
   gauge("minimind_kv_block_tokens", "Tokens a block.", s.block_size);
 
   counter("minimind_engine_steps_total", "Steps of the engine.", s.n_step);
-  counter("minimind_requests_submitted_total", "Taken into the queue.", s.n_submitted);
-  counter("minimind_requests_rejected_total", "Refused because the queue was full.", s.n_rejected);
-  counter("minimind_requests_finished_total", "Answered in full.", s.n_finished);
-  counter("minimind_requests_cancelled_total", "Cancelled, mostly by a client that went away.", s.n_cancelled);
-  counter("minimind_requests_timed_out_total", "Past their deadline.", s.n_timed_out);
-  counter("minimind_requests_failed_total", "Ended by an error of the engine.", s.n_failed);
+  counter("minimind_requests_submitted_total", "Prompts taken into the queue.", s.n_submitted);
+  counter("minimind_requests_rejected_total", "Prompts refused because the queue was full.", s.n_rejected);
+  counter("minimind_requests_finished_total", "Choices answered in full.", s.n_finished);
+  counter("minimind_requests_cancelled_total", "Choices cancelled, mostly because the client left.", s.n_cancelled);
+  counter("minimind_requests_timed_out_total", "Choices past their deadline.", s.n_timed_out);
+  counter("minimind_requests_failed_total", "Choices ended by an error of the engine.", s.n_failed);
   counter("minimind_preemptions_total", "Sequences put back for want of blocks.", s.n_preempted);
   counter("minimind_prompt_tokens_total", "Prompt tokens of started requests.", s.prompt_tokens);
   counter("minimind_prefix_hit_tokens_total", "Of them, found in the prefix cache.", s.cached_tokens);
@@ -106,7 +106,8 @@ std::string Metrics::text(const EngineStats& s, std::span<const std::pair<std::s
   counter("minimind_disconnects_total", "Clients that left before their answer was complete.", disconnects.load());
   counter("minimind_stream_events_total", "Events of the engine handed to connections.", stream_events.load());
 
-  head(out, "minimind_answers_total", "counter", "Choices answered, by how they ended.");
+  counter("minimind_choices_submitted_total", "Choices of the prompts taken.", choices_submitted.load());
+  head(out, "minimind_answers_total", "counter", "Choices ended, by how; in the end as many as were submitted.");
   for (size_t i = 0; i < finish_.size(); i++) {
     fmt::format_to(std::back_inserter(out), "minimind_answers_total{{finish=\"{}\"}} {}\n",
                    finish_reason_name(static_cast<FinishReason>(i)), finish_[i].load());

@@ -37,7 +37,7 @@ class Metrics {
   std::string text(const EngineStats& stats, std::span<const std::pair<std::string, std::string>> info,
                    int64_t n_connection) const;
 
-  std::atomic<int64_t> slow_clients{0}, disconnects{0}, stream_events{0};
+  std::atomic<int64_t> slow_clients{0}, disconnects{0}, stream_events{0}, choices_submitted{0};
 
  private:
   Histogram queue_, first_token_, per_token_, total_;

@@ -381,7 +381,7 @@ class Session : public Connection, public std::enable_shared_from_this<Session<S
 
   void linger() {
     state_ = State::lingering;
-    wait_until(kLingerSeconds);
+    wait_until(service_.draining ? kLingerSeconds / 6 : kLingerSeconds);
     in_ = {};
     if constexpr (std::is_same_v<Stream, TlsStream>) {
       stream_.async_shutdown([self = this->shared_from_this()](const error_code&) { self->drop(); });
