@@ -90,6 +90,7 @@ void add_bench_command(CLI::App& app, Globals& globals) {
                              100 * num(j, "share_of_bandwidth")));
     }
   });
+  add_bench_infer_commands(*group, globals);
   add_bench_serve_command(*group, globals);
 }
 

@@ -21,7 +21,8 @@ void add_common_flags(CLI::App* command, Globals& globals);
 // --device, --dtype and, where `naive`, the unfused GPU variants.
 void add_device_flags(CLI::App* command, DeviceOptions& options, bool naive = false);
 
-// --device, --weights, --kv and whatever else says how the engine runs; its flags go into EngineOptions but for the device.
+// --device, --weights, --kv and whatever else says how the engine runs; its flags go into EngineOptions but for the
+// device.
 struct EngineOptions;
 void add_engine_flags(CLI::App* command, EngineOptions& options, DeviceOptions& device);
 
@@ -39,8 +40,9 @@ void add_train_commands(CLI::App& app, Globals& globals);  // pretrain, sft
 void add_eval_commands(CLI::App& app, Globals& globals);   // eval ppl
 void add_generate_command(CLI::App& app, Globals& globals);
 void add_chat_command(CLI::App& app, Globals& globals);
-void add_bench_command(CLI::App& app, Globals& globals);          // bench train|ops, and
-void add_bench_serve_command(CLI::App& group, Globals& globals);  // bench serve
+void add_bench_command(CLI::App& app, Globals& globals);           // bench train|ops, and
+void add_bench_infer_commands(CLI::App& group, Globals& globals);  // bench decode|prefill
+void add_bench_serve_command(CLI::App& group, Globals& globals);   // bench serve
 void add_serve_command(CLI::App& app, Globals& globals);
 void add_plot_command(CLI::App& app, Globals& globals);
 void add_demo_command(CLI::App& app, Globals& globals);

@@ -1,0 +1,96 @@
+// minimind bench decode|prefill: how fast the engine is here.
+#include <fmt/ranges.h>
+
+#include "base/error.h"
+#include "cli/command.h"
+#include "lab/bench_infer.h"
+
+namespace mm {
+
+namespace {
+
+struct InferFlags {
+  std::string model, preset;
+  std::vector<std::string> weights, kv;
+  InferBenchOptions bench;
+  DeviceOptions device;
+};
+
+void run_bench(InferFlags& f, const Globals& globals, bool decode) {
+  if (f.model.empty() == f.preset.empty())
+    throw Error("--model, --preset", "one of them", f.model.empty() ? "none" : "both");
+  const OpenDevice open(f.device);
+  InferBenchOptions& b = f.bench;
+  b.engine.device = open.device;
+  b.weights = {b.engine.weights};
+  b.kv = {b.engine.kv};
+  if (!f.weights.empty()) b.weights.clear();
+  if (!f.kv.empty()) b.kv.clear();
+  for (const std::string& name : f.weights) b.weights.push_back(weight_format_from_name(name));
+  for (const std::string& name : f.kv) b.kv.push_back(kv_format_from_name(name));
+  const auto model = f.model.empty() ? Model::random(load_config(f.preset), 1) : Model::load(f.model);
+
+  const char* length = decode ? "depth" : "length";
+  if (!globals.json) {
+    print_line(fmt::format("{:<8}{:<6}{:>7}{:>8}{:>11}{:>11}{:>11}{:>10}{:>9}{}", "weights", "kv", "batch", length,
+                           "tok/s", "lowest", "highest", decode ? "step ms" : "TTFT ms", decode ? "GB/s" : "GFLOP/s",
+                           decode ? "  limit" : ""));
+  }
+  const auto on_row = [&](const ordered_json& r) {
+    if (globals.json) return;
+    const auto num = [&](const char* key) { return r[key].get<double>(); };
+    print_line(fmt::format("{:<8}{:<6}{:>7}{:>8}{:>11.1f}{:>11.1f}{:>11.1f}{:>10.3f}{:>9.1f}{}",
+                           r["weights"].get<std::string>(), r["kv"].get<std::string>(), r["batch"].get<int64_t>(),
+                           r[length].get<int64_t>(), num("tokens_per_second"), num("lowest"), num("highest"),
+                           num(decode ? "step_ms" : "ttft_ms"), num(decode ? "gbytes_per_second" : "gflops"),
+                           decode ? fmt::format("{:>6.0f}%", 100 * num("share_of_bandwidth")) : std::string()));
+  };
+  const ordered_json result = decode ? bench_decode(*model, b, on_row) : bench_prefill(*model, b, on_row);
+  if (globals.json) return print_result(globals, result);
+  print_line(fmt::format("{}; {}; memory moves {:.1f} GB/s at most here", result["processor"].get<std::string>(),
+                         result["engine"].get<std::string>(), result["bandwidth"].get<double>() / 1e9));
+}
+
+void add_one(CLI::App& group, Globals& globals, bool decode) {
+  const auto f = std::make_shared<InferFlags>();
+  InferBenchOptions& b = f->bench;
+  CLI::App* c =
+      decode ? group.add_subcommand(
+                   "decode",
+                   "Tokens a second one by one, by batch, depth and formats, beside the bytes that must be read\n"
+                   "  minimind bench decode --model DIR --formats bf16,i8 --batch 1,8,32 --depth 0,1024 --threads 4")
+             : group.add_subcommand("prefill",
+                                    "Prompt tokens a second, by batch, length and formats\n"
+                                    "  minimind bench prefill --model DIR --formats bf16,i8 --length 128,512,1024");
+  const CLI::Range positive(int64_t{1}, int64_t{1} << 24);
+  c->add_option("--model", f->model, "Model folder");
+  c->add_option(
+      "--preset", f->preset,
+      fmt::format("In place of a model, random weights: {}, or a config.json", fmt::join(preset_names(), ", ")));
+  c->add_option("--batch", b.batch, "Sequences at once; a list is a sweep")->delimiter(',')->check(positive);
+  if (decode) {
+    b.length = {0};
+    c->add_option("--depth", b.length, "Tokens before the first timed one; a list is a sweep")
+        ->delimiter(',')
+        ->check(CLI::NonNegativeNumber);
+    c->add_option("--tokens", b.n_tok, "Timed tokens of each sequence")->check(positive);
+  } else {
+    c->add_option("--length", b.length, "Tokens of a prompt; a list is a sweep")->delimiter(',')->check(positive);
+  }
+  c->add_option("--formats", f->weights, "Weights as f32, bf16 and i8 in turn, in place of --weights")->delimiter(',');
+  c->add_option("--kv-formats", f->kv, "Keys and values likewise, in place of --kv-type")->delimiter(',');
+  c->add_option("--rounds", b.rounds, "The median of these counts")->check(positive);
+  c->add_flag("--sampled", b.sampled, "Draw tokens by the default sampling in place of the most probable one");
+  add_engine_flags(c, b.engine, f->device);
+  add_common_flags(c, globals);
+  c->callback([f, &globals, decode] { run_bench(*f, globals, decode); });
+}
+
+}  // namespace
+
+void add_bench_infer_commands(CLI::App& group, Globals& globals) {
+  add_one(group, globals, true);
+  add_one(group, globals, false);
+}
+
+}  // namespace mm

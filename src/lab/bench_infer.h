@@ -1,0 +1,42 @@
+// How fast the engine prefills and decodes on this machine, beside what reading the weights and the keys and values
+// costs at least.
+#pragma once
+
+#include <functional>
+#include <vector>
+
+#include "base/json.h"
+#include "engine/engine_options.h"
+#include "model/model.h"
+
+namespace mm {
+
+struct InferBenchOptions {
+  EngineOptions engine;  // kv_tokens, context, max_sequences and queue_limit are made to fit where they are too small
+  std::vector<WeightFormat> weights{WeightFormat::bf16};
+  std::vector<KvFormat> kv{KvFormat::bf16};
+  std::vector<int64_t> batch{1};
+  std::vector<int64_t> length{512};  // prefill: tokens of each prompt; decode: tokens before the first that is timed
+  int64_t n_tok = 128;               // decode: timed tokens of each sequence
+  int64_t rounds = 5;                // the median counts; one more before them for warm-up
+  bool sampled = false;              // draw by the default sampling in place of the largest logit
+};
+
+// A row for every combination, in the order weights, kv, batch, length:
+// decode:  {"weights", "kv", "batch", "depth", "tokens_per_second", "lowest", "highest", "step_ms",
+// "gbytes_per_second",
+//           "share_of_bandwidth"}: all sequences together, while all of them decode
+// prefill: {"weights", "kv", "batch", "length", "tokens_per_second", "lowest", "highest", "ttft_ms", "gflops"}: from
+// the
+//           first prompt's submission to the last one's first token
+// Through class Engine, as a server uses it: scheduling and drawing included. `on_row` sees each row as it is done.
+ordered_json bench_decode(const Model& model, const InferBenchOptions& options,
+                          const std::function<void(const ordered_json&)>& on_row);
+ordered_json bench_prefill(const Model& model, const InferBenchOptions& options,
+                           const std::function<void(const ordered_json&)>& on_row);
+
+// Bytes that one decode step of `batch` sequences with `depth` tokens each must read: every weight once (of a mixture,
+// the experts in use) and all keys and values.
+double decode_step_bytes(const ModelConfig& config, WeightFormat weights, KvFormat kv, int64_t batch, double depth);
+
+}  // namespace mm
