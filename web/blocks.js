@@ -5,7 +5,7 @@ import {$, h} from './dom.js';
 import {count, t} from './i18n.js';
 
 const COLOURS = 10;         // --b0 ... --b9 in the style sheet
-const PERIOD_MS = 400;
+const PERIOD_MS = 300;
 const MAX_HEIGHT = 460;     // px the map wants to stay within while cells are not too small
 const MAX_ROWS = 400;       // of the block table
 
@@ -30,14 +30,19 @@ export function readMap(data) {
   for (const b of Array.isArray(data && data.cached) ? data.cached : []) {
     if (isIndex(b, n) && first[b] < 0 && !cached[b]) { cached[b] = 1; kept++; }
   }
-  for (let b = 0; b < n; b++) used += first[b] >= 0;
-  return {n, size, owners, first, shared, cached, used, kept, free: n - used - kept};
+  let top = -1;  // the last block that is not free
+  for (let b = 0; b < n; b++) {
+    used += first[b] >= 0;
+    if (first[b] >= 0 || cached[b]) top = b;
+  }
+  return {n, size, owners, first, shared, cached, used, kept, free: n - used - kept, top};
 }
 
 export class BlocksPane {
   constructor() {
     this.open = false;
     this.selected = '';
+    this.shown = 0;            // blocks drawn: of a large pool those that were ever in use while the pane was open
     this.colours = new Map();  // key of an owner -> colour index, kept while it lives
     this.root = $('pane-blocks');
     new ResizeObserver(() => { if (this.open && this.map) this.draw(); }).observe(this.root);
@@ -122,6 +127,8 @@ export class BlocksPane {
   }
 
   draw() {
+    const {n, top} = this.map, wanted = Math.max(256, Math.ceil((top + 1) / 64) * 64, this.shown);
+    this.shown = wanted > n / 2 ? n : wanted;
     this.assignColours();
     this.drawMap();
     this.drawTexts();
@@ -152,7 +159,7 @@ export class BlocksPane {
   }
 
   layout() {
-    const {n} = this.map, width = Math.max(120, this.frame.clientWidth);
+    const n = this.shown, width = Math.max(120, this.frame.clientWidth);
     let cell = 26;
     while (cell > 5 && Math.ceil(n / Math.floor(width / cell)) * cell > MAX_HEIGHT) cell--;
     if (n > 60000) cell = 3;
@@ -194,7 +201,7 @@ export class BlocksPane {
     ctx.font = `600 ${Math.max(9, Math.round(cell * 0.42))}px system-ui, sans-serif`;
     const css = getComputedStyle(document.documentElement);
     const ink = css.getPropertyValue('--text').trim(), page = css.getPropertyValue('--page').trim();
-    for (let b = 0; b < map.n; b++) {
+    for (let b = 0; b < this.shown; b++) {
       const x = (b % columns) * cell, y = Math.floor(b / columns) * cell, owner = map.first[b];
       if (owner < 0) {
         ctx.globalAlpha = chosen ? 0.5 : 1;
@@ -235,7 +242,7 @@ export class BlocksPane {
     const {cell, columns} = this.grid, box = this.canvas.getBoundingClientRect();
     const column = Math.floor((event.clientX - box.left) / cell), row = Math.floor((event.clientY - box.top) / cell);
     const b = row * columns + column;
-    return column >= 0 && column < columns && row >= 0 && b < this.map.n ? b : -1;
+    return column >= 0 && column < columns && row >= 0 && b < this.shown ? b : -1;
   }
 
   nameOf(owner) {
@@ -264,7 +271,7 @@ export class BlocksPane {
   drawTexts() {
     const {map} = this, nShared = map.shared.size;
     const numbers = {n: count(map.n), size: map.size, used: count(map.used), shared: count(nShared), cached: count(map.kept), free: count(map.free)};
-    const summary = t('kvSummary', numbers);
+    const summary = t('kvSummary', numbers) + (this.shown < map.n ? ' · ' + t('kvBeyond', {n: count(map.n - this.shown)}) : '');
     if (this.summary.textContent !== summary) this.summary.textContent = summary;
     this.canvas.setAttribute('aria-label', t('kvImage', numbers));
     const parts = [map.used - nShared, nShared, map.kept, map.free];

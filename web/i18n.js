@@ -131,6 +131,7 @@ const TEXT = {
   fixSettings: ['Please correct the settings marked in the panel first.', '请先修正侧栏中标出的设置。'],
   kvIntro: ['The physical blocks of the KV cache. Each colour is one sequence.', 'KV 缓存的物理块，每种颜色代表一个序列。'],
   kvSummary: ['{n} blocks of {size} tokens', '{n} 块，每块 {size} 个词元'],
+  kvBeyond: ['{n} free ones not drawn', '另有 {n} 个空闲块未画出'],
   kvUsed: ['one owner', '独占'],
   kvShared: ['shared', '共享'],
   kvCached: ['cached', '缓存'],

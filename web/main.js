@@ -253,6 +253,7 @@ async function loadModels() {
   try {
     const {data} = await getJson('/v1/models');
     models = (Array.isArray(data) ? data : []).map((m) => String(m.id)).slice(0, 100);
+    if (models.length && typeof data[0].engine === 'string') panes.server.about = data[0].engine;
   } catch (error) {
     if (error.kind === 'key') askKey(loadModels);
     else toast(error.message, t('retry'), loadModels);

@@ -21,6 +21,7 @@ export class ServerPane {
   constructor() {
     this.open = false;
     this.rates = [];
+    this.about = '';  // the engine in words
     this.root = $('pane-server');
   }
 
@@ -53,7 +54,8 @@ export class ServerPane {
     this.chart = svg('svg', {class: 'chart', viewBox: '0 0 300 80', preserveAspectRatio: 'none', role: 'img'}, this.area, this.line);
     this.root.replaceChildren(this.problem,
       h('div', {class: 'row'}, h('span', {class: 'muted grow'}, t('srvThroughput')), this.peak), this.now, this.chart,
-      h('dl', {class: 'tiles'}, ['srvRunning', 'srvQueue', 'srvKv', 'srvHits', 'srvTtft', 'srvFinished'].map(tile)));
+      h('dl', {class: 'tiles'}, ['srvRunning', 'srvQueue', 'srvKv', 'srvHits', 'srvTtft', 'srvFinished'].map(tile)),
+      h('p', {class: 'muted'}, this.about));
   }
 
   async poll() {

@@ -77,7 +77,7 @@ export function assistantView(message, context, act) {
     iconButton('trash', t('remove'), () => act.remove(message)));
   const foot = h('footer', null, stats, actions);
   const root = h('article', {class: 'msg assistant', 'aria-label': t('assistant')}, think, body, calls, wait, problem, foot);
-  let callsShown = '', shown = null, shownThinking = null;
+  let callsShown = '', shown = null, shownThinking = null, live = false;
 
   const showThinking = () => {
     if (!think.open || shownThinking === message.reasoning) return;
@@ -138,6 +138,7 @@ export function assistantView(message, context, act) {
       const label = open ? `${t('thinking')} ${s}` :
         t(message.content || message.tool_calls.length ? 'thought' : 'thoughtOpen', {s});
       if (thinkLabel.textContent !== label) thinkLabel.textContent = label;
+      if (live && !answer && !message.content && !message.tool_calls.length) think.open = true;  // there is nothing else
       showThinking();
     }
     if (shown !== message.content) {
@@ -149,6 +150,7 @@ export function assistantView(message, context, act) {
     showCalls(answer, results, last);
     showProblem();
     showStats(answer);
+    live = Boolean(answer);
   }
   update();
   return {root, update, text: () => body.textContent};
