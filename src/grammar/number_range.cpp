@@ -42,7 +42,7 @@ NodeId digits_between(GraphBuilder& b, std::string_view low, std::string_view hi
 NodeId natural_node(GraphBuilder& b, int64_t low, int64_t high) {  // 0 <= low
   std::vector<NodeId> choices;
   int64_t first = 0, end = 10;  // of this many digits
-  for (int n = 1; n <= kMaxIntegerDigits; n++, first = end, end *= 10) {
+  for (int n = 1; n <= kMaxIntegerDigits; n++, first = end, end *= n < kMaxIntegerDigits ? 10 : 1) {
     const int64_t from = std::max(first, low), to = std::min(end - 1, high);
     if (from <= to) choices.push_back(digits_between(b, std::to_string(from), std::to_string(to), true, true));
   }
