@@ -1,9 +1,9 @@
 // One kernel for a whole decode step; see the contract in infer_kernels.h.
 //
 // One block an SM. Each stage's weight rows are dealt out to the blocks beforehand and packed so that a block's share of
-// the whole model is one contiguous stream, in the order in which it is used (decode_persistent.cuh). A warp copies the
-// stream through a ring in shared memory (bulk copies; cp.async below sm_90) as fast as memory gives it, whatever the
-// other warps wait for, so memory does not idle while blocks exchange activations. 16 warps compute:
+// the whole model is one contiguous stream, in the order in which it is used (decode_persistent.cuh). It
+// passes through a ring in shared memory (bulk copies; cp.async below sm_90) of 100 to 190 KB, more than a layer ahead of
+// the products, so memory does not idle while blocks exchange activations. The stages:
 //
 //   qkv       x -> qkv words          every block norms the whole x itself (the root of the mean square is applied
 //                                     behind the product)
@@ -169,7 +169,7 @@ const char* unsupported(const Context& ctx, const InferModel& m, const InferKv& 
 
 int kv_round_bytes(const Params& p) {
   const int size = p.kv_format == KvFormat::i8 ? 1 : 2, lanes = p.d_head >= 64 ? 8 : 4;
-  return 2 * (p.d_head / lanes) * size * n_worker + (size == 1 ? 4 * n_worker : 0);
+  return 2 * (p.d_head / lanes) * size * n_thread + (size == 1 ? 4 * n_thread : 0);
 }
 
 // Shared memory for n_tok tokens; what is left is the ring. False where that is too small.
@@ -195,7 +195,7 @@ bool plan_shared(Params& p, WeightFormat format, int limit) {
     };
     const int slot_bytes = slot_units * unit_bytes(format);
     const auto rest = [&] {
-      s.full = piece(8 * 64 + 16);
+      s.full = piece(8 * 64);
       s.segments = piece(sizeof(int2) * static_cast<size_t>(4 * p.n_layer + 1));
       s.residual = piece(static_cast<size_t>(4 * p.n_tok * p.d_model));
       s.input = piece(static_cast<size_t>(p.n_tok * s.input_stride));
@@ -292,11 +292,14 @@ PersistentDecode* persistent_decode_create(const Context& ctx, const InferModel&
   const InferMatrix* of_stage[5] = {&m.layers[0].qkv, &m.layers[0].o, &m.layers[0].gate_up, &m.layers[0].down, &m.head};
   for (int i = 0; i < 5; i++) p.shape[i] = {static_cast<int>(of_stage[i]->k / uk), static_cast<int>(of_stage[i]->k)};
   if (p.max_rows * p.n_kv_head > d->grid) return give_up("too few multiprocessors for so many key heads");
+  bool scores_fit = true;
   for (int n = 1; n <= p.max_rows; n++) {
     p.n_tok = n;
     if (!plan_shared(p, d->format, d->shared_limit)) return give_up("the shared memory of a multiprocessor is too small");
     const Kernel kernel = kernel_of(d->format, n > 4);
     MM_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, p.smem.bytes));
+    const size_t ring = static_cast<size_t>(p.smem.n_slots * slot_units * unit_bytes(d->format));
+    scores_fit &= draw_bytes + align_up(static_cast<size_t>(p.n_vocab), 8) * 4 <= ring;
     int resident = 0;
     MM_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, n_thread, static_cast<size_t>(p.smem.bytes)));
     if (resident < 1) return give_up("the kernel does not fit a multiprocessor");
@@ -322,6 +325,7 @@ PersistentDecode* persistent_decode_create(const Context& ctx, const InferModel&
   auto* norms = d->take<float>(static_cast<size_t>(p.n_layer * p.norm_stride + p.d_model));
   p.state = d->take<State>(1);
   plan_exchange(*d);
+  if (!scores_fit) p.scores = d->take<float>(static_cast<size_t>(p.max_rows) * static_cast<size_t>(p.ex.logit_words));
   MM_CUDA_CHECK(cudaDeviceSynchronize());  // the zeroing of fresh memory is on another stream
   MM_CUDA_CHECK(cudaMemsetAsync(p.ex.set[0], 0xff, static_cast<size_t>(2 * p.ex.set_words) * 4, ctx.stream));
   upload(ctx, segments, deal.segments);

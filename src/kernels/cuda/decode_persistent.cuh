@@ -7,8 +7,7 @@
 
 namespace mm::cuda::persistent {
 
-constexpr int n_warp = 16, n_worker = 32 * n_warp;  // threads that compute
-constexpr int n_thread = n_worker + 64;             // a warp that copies weights, a warp that keeps house
+constexpr int n_warp = 16, n_thread = 32 * n_warp;
 constexpr int max_tokens = 8, max_layers = 64;
 
 // --- packed weights -----------------------------------------------------------------------------------------------
@@ -94,6 +93,7 @@ struct Params {
   int block_shift;
   float *logits, *hidden;
   bool draw;
+  float* scores;  // [max_rows][logit_words] where they do not fit shared memory; else null
   const RowSampling* sampling;
   const LogitEdit* edits;
   const uint32_t* masks;
@@ -163,8 +163,6 @@ __device__ __forceinline__ void await(const Params& p, uint32_t (&x)[n], const u
     while (x[i] == unset && !probing(p, 1)) x[i] = load_word(from[i]), guard.spin();
   }
 }
-
-__device__ __forceinline__ void worker_barrier() { asm volatile("bar.sync 1, %0;" ::"n"(n_worker) : "memory"); }
 
 // --- the ring of weights in shared memory -------------------------------------------------------------------------
 __device__ __forceinline__ bool mbarrier_done(uint32_t bar, uint32_t parity) {

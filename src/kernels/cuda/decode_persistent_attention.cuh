@@ -12,12 +12,12 @@ constexpr int kv_rounds = 2;  // of keys in flight
 
 template <class T, int D>
 struct KeySpread {
-  static constexpr int lanes = D >= 64 ? 8 : 4, elements = D / lanes, groups = n_worker / lanes;
+  static constexpr int lanes = D >= 64 ? 8 : 4, elements = D / lanes, groups = n_thread / lanes;
   static constexpr int per_16 = 16 / static_cast<int>(sizeof(T));
   static constexpr int V = elements % per_16 == 0 ? per_16 : elements % (per_16 / 2) == 0 ? per_16 / 2 : per_16 / 4;
   static constexpr int per_lane = elements / V, chunk = V * static_cast<int>(sizeof(T));
-  static constexpr int scale_bytes = sizeof(T) == 1 ? 4 * n_worker : 0;
-  static constexpr int round_bytes = 2 * per_lane * chunk * n_worker + scale_bytes;
+  static constexpr int scale_bytes = sizeof(T) == 1 ? 4 * n_thread : 0;
+  static constexpr int round_bytes = 2 * per_lane * chunk * n_thread + scale_bytes;
 };
 
 // What a block does in every layer's attention.
@@ -36,7 +36,7 @@ __device__ __forceinline__ int64_t key_row(const Params& p, int row, int key) {
 template <class T, int D>
 __device__ __forceinline__ uint32_t ring_slot(int stage, int which, int c) {
   using S = KeySpread<T, D>;
-  return static_cast<uint32_t>(stage * S::round_bytes + ((which * S::per_lane + c) * n_worker + static_cast<int>(threadIdx.x)) * S::chunk);
+  return static_cast<uint32_t>(stage * S::round_bytes + ((which * S::per_lane + c) * n_thread + static_cast<int>(threadIdx.x)) * S::chunk);
 }
 
 template <int bytes>
@@ -118,7 +118,7 @@ __device__ __forceinline__ void load_chunk(float (&x)[V], const unsigned char* p
 template <int D>
 __device__ __forceinline__ void finish_heads(const float* ml, const float* out, int n_heads, int first_head,
                                              uint32_t* merged, uint32_t* part) {
-  for (int i = static_cast<int>(threadIdx.x); i < n_heads * D / 2; i += n_worker) {
+  for (int i = static_cast<int>(threadIdx.x); i < n_heads * D / 2; i += n_thread) {
     const int h = i / (D / 2), c = i % (D / 2) * 2;
     float top = minus_infinity(), sum = 0.0f, x = 0.0f, y = 0.0f;
 #pragma unroll
@@ -234,7 +234,7 @@ __device__ __noinline__ void attend(const Params& p, unsigned char* smem, const 
     if (warp < G) x.each([&](int e, float v) { q[warp * D + e] = v * p.scale2; });
     else x.template keep<T>(reinterpret_cast<T*>(own) + (warp - G) * D, own_scale + (warp - G));
   }
-  worker_barrier();
+  __syncthreads();
   // The own key and value into the cache.
   const int last = share.n_key - 1;
   if (share.begin <= last && last < share.end) {
@@ -341,7 +341,7 @@ __device__ __noinline__ void attend(const Params& p, unsigned char* smem, const 
       for (int e = 0; e < E; e++) part_out[(warp * G + h) * D + (e / V * S::lanes + member) * V + e % V] = out[h][e];
     }
   }
-  worker_barrier();
+  __syncthreads();
   uint32_t* merged = layer_words + p.ex.merged + static_cast<int64_t>(share.row) * (p.n_head * D / 2);
   const int item = (share.row * p.n_kv_head + share.kv) * p.max_split + share.split;
   uint32_t* part = layer_words + p.ex.parts + static_cast<int64_t>(item) * p.ex.part_words;
@@ -376,11 +376,11 @@ __device__ __noinline__ void merge_parts(const Params& p, unsigned char* smem, i
 #pragma unroll
     for (int i = 0; i < n; i++) out[i] = out[i] * f + __uint_as_float(x[i]) * g;
   }
-  worker_barrier();  // the readers of what lies there now are done
+  __syncthreads();  // the readers of what lies there now are done
   if (lane == 0) ml[2 * warp] = m, ml[2 * warp + 1] = l;
 #pragma unroll
   for (int i = 0; i < n; i++) part_out[warp * D + lane + 32 * i] = out[i];
-  worker_barrier();
+  __syncthreads();
   finish_heads<D>(ml, part_out, 1, head, layer_words + p.ex.merged + static_cast<int64_t>(row) * (p.n_head * D / 2),
                   nullptr);
 }

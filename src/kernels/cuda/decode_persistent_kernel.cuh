@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/cuda/decode_persistent_step.cuh"
+#include "kernels/cuda/sample.cuh"
 
 namespace mm::cuda::persistent {
 
@@ -49,56 +50,37 @@ __device__ __forceinline__ Share share_of(const Params& p) {
 
 __device__ __forceinline__ float silu(float x) { return x / (1.0f + __expf(-x)); }
 
-// The draw of a row by one block. Largest logit, lowest id on a tie; -1 where a logit is NaN or +inf or all are -inf.
-__device__ __forceinline__ void draw_largest(const Params& p, unsigned char* smem, int row, const uint32_t* words) {
-  const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, warp = tid / 32;
-  float best = minus_infinity();
-  int id = 0x7fffffff;
-  bool bad = false;
+constexpr int draw_bytes = (static_cast<int>(sizeof(SampleShared<n_thread>)) + 127) / 128 * 128;
+
+// The next token of a row, by one block. The ring is free by now: it holds the scores (where they fit) and sample_row's
+// memory.
+__device__ __noinline__ void draw(const Params& p, unsigned char* smem, int row, const uint32_t* words) {
+  auto& shared = *reinterpret_cast<SampleShared<n_thread>*>(smem);
+  float* score = p.scores != nullptr ? p.scores + static_cast<int64_t>(row) * p.ex.logit_words
+                                     : reinterpret_cast<float*>(smem + draw_bytes);
+  const RowSampling sampling = p.sampling[row];
   constexpr int batch = 4;
-  const int n = p.ex.logit_words / 4;
-  for (int first = tid; first < n; first += batch * n_worker) {
+  const int tid = static_cast<int>(threadIdx.x), n = p.ex.logit_words / 4;
+  for (int first = tid; first < n; first += batch * n_thread) {
     uint4 x[batch];
 #pragma unroll
     for (int i = 0; i < batch; i++) {
-      if (first + i * n_worker < n) x[i] = load_words(words + 4 * (first + i * n_worker));
+      if (first + i * n_thread < n) x[i] = load_words(words + 4 * (first + i * n_thread));
     }
     SpinGuard guard(12);
 #pragma unroll
     for (int i = 0; i < batch; i++) {
-      const int at = first + i * n_worker;
+      const int at = first + i * n_thread;
       if (at >= n) break;
       while (any_unset(x[i]) && !probing(p, 1)) x[i] = load_words(words + 4 * at), guard.spin();
-      const float v[4] = {__uint_as_float(x[i].x), __uint_as_float(x[i].y), __uint_as_float(x[i].z),
-                          __uint_as_float(x[i].w)};
-#pragma unroll
-      for (int e = 0; e < 4; e++) {
-        if (4 * at + e >= p.n_vocab) continue;
-        bad |= !(v[e] < -minus_infinity());
-        if (v[e] > best) best = v[e], id = 4 * at + e;
-      }
+      reinterpret_cast<uint4*>(score)[at] = x[i];
     }
   }
-#pragma unroll
-  for (int i = 16; i > 0; i /= 2) {
-    const float other = __shfl_xor_sync(0xffffffffu, best, i);
-    const int other_id = __shfl_xor_sync(0xffffffffu, id, i);
-    if (other > best || (other == best && other_id < id)) best = other, id = other_id;
-  }
-  bad = __any_sync(0xffffffffu, bad);
-  float* bests = reinterpret_cast<float*>(smem + p.smem.part);
-  int* ids = reinterpret_cast<int*>(bests + n_warp);
-  worker_barrier();  // `part` has been read
-  if (lane == 0) bests[warp] = best, ids[warp] = bad ? -1 : id;
-  worker_barrier();
+  __syncthreads();
+  const int32_t id = sample_row<n_thread>(shared, score, score, p.n_vocab, sampling, p.edits, p.masks);
   if (tid == 0) {
-    for (int w = 1; w < n_warp; w++) {
-      bad |= ids[w] < 0;
-      if (bests[w] > best || (bests[w] == best && ids[w] < id)) best = bests[w], id = ids[w];
-    }
-    if (bad || id == 0x7fffffff) id = -1;
     p.next_ids[row] = id;
-    if (p.next_ids_host != nullptr) p.next_ids_host[row] = id;
+    if (p.next_ids_host != nullptr) *static_cast<volatile int32_t*>(p.next_ids_host + row) = id;
   }
 }
 
@@ -110,20 +92,21 @@ __device__ __forceinline__ void draw_largest(const Params& p, unsigned char* sme
 #endif
 
 template <WeightFormat kFormat, bool kWide>
-__device__ __forceinline__ void work(const Params& p, unsigned char* smem, const int32_t* tokens, uint32_t step) {
+__device__ __forceinline__ void work(const Params& p, unsigned char* smem, const int32_t* tokens, uint32_t step,
+                                     Copier<kFormat>& copier) {
   const int2* segments = reinterpret_cast<const int2*>(smem + p.smem.segments);
   float* residual = reinterpret_cast<float*>(smem + p.smem.residual);
   const Share share = share_of(p);
   const uint32_t kv_ring = shared_address(smem + p.smem.kv_ring);
   int64_t row0 = 0, row1 = 0;
   if (share.any()) {
-    const int lanes = p.d_head >= 64 ? 8 : 4, groups = n_worker / lanes, key = share.begin + static_cast<int>(threadIdx.x) / lanes;
+    const int lanes = p.d_head >= 64 ? 8 : 4, groups = n_thread / lanes, key = share.begin + static_cast<int>(threadIdx.x) / lanes;
     if (key < share.end && key < share.n_key - 1) row0 = key_row(p, share.row, key);
     if (key + groups < share.end && key + groups < share.n_key - 1) row1 = key_row(p, share.row, key + groups);
     float* turn = reinterpret_cast<float*>(smem + p.smem.rope);
     const int half = p.d_head / 2;
     const int64_t from = static_cast<int64_t>(p.positions[share.row]) * half;
-    for (int i = static_cast<int>(threadIdx.x); i < half; i += n_worker) turn[i] = p.cos[from + i], turn[half + i] = p.sin[from + i];
+    for (int i = static_cast<int>(threadIdx.x); i < half; i += n_thread) turn[i] = p.cos[from + i], turn[half + i] = p.sin[from + i];
   }
   const auto start_keys = [&](int layer) {
     if (!share.any() || layer == p.n_layer) return;
@@ -170,10 +153,14 @@ __device__ __forceinline__ void work(const Params& p, unsigned char* smem, const
         else take_residual(p, smem, before, tokens, norms, 5);
         MM_TRACE(s * 8 + 2);
       }
-      worker_barrier();  // the input is there; the former sums have been read
+      __syncthreads();  // the input is there, the weights are in registers, the former sums have been read
       if (n <= 0) break;
+      if (threadIdx.x / 32 == n_warp - 1) {
+        copier.taken += static_cast<uint32_t>(n * units);
+        copier.fill(p, smem);
+      }
       with_units_per_warp(per, [&](auto k) { multiply<kFormat, kWide, decltype(k)::value>(p, smem, held, units, n); });
-      worker_barrier();
+      __syncthreads();
       MM_TRACE(s * 8 + 3);
       reduce_parts(p, smem, n, [&](bool on, int i, int token, int row, float sum) {
         const int tile = tiles.x + done + i, column = tile * 8 + row, at = token * p.d_model + column;
@@ -217,12 +204,12 @@ __device__ __forceinline__ void work(const Params& p, unsigned char* smem, const
   }
   if (p.hidden != nullptr && blockIdx.x == 0) {
     const float* final_norm = p.norms + static_cast<int64_t>(p.n_layer) * p.norm_stride;
-    for (int i = static_cast<int>(threadIdx.x); i < p.n_tok * p.d_model; i += n_worker)
+    for (int i = static_cast<int>(threadIdx.x); i < p.n_tok * p.d_model; i += n_thread)
       p.hidden[i] = residual[i] * norm_factor(p, smem, i / p.d_model) * final_norm[i % p.d_model];
   }
   if (p.draw && static_cast<int>(blockIdx.x) < p.n_tok)
-    draw_largest(p, smem, static_cast<int>(blockIdx.x),
-                 set + p.ex.logits + static_cast<int64_t>(blockIdx.x) * p.ex.logit_words);
+    draw(p, smem, static_cast<int>(blockIdx.x),
+         set + p.ex.logits + static_cast<int64_t>(blockIdx.x) * p.ex.logit_words);
   MM_TRACE((4 * p.n_layer + 1) * 8);
 }
 
@@ -231,7 +218,8 @@ __global__ void __launch_bounds__(n_thread, 1) step_kernel(const __grid_constant
   extern __shared__ __align__(1024) unsigned char smem[];
   __shared__ int32_t tokens[max_tokens];
   const int tid = static_cast<int>(threadIdx.x), warp = tid / 32;
-  if (warp == n_warp) {
+  Copier<kFormat> copier(p);
+  if (warp == n_warp - 1) {
     for (int i = tid % 32; i < p.smem.n_slots; i += 32) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
       constexpr uint32_t arrivals = 1;
@@ -242,10 +230,11 @@ __global__ void __launch_bounds__(n_thread, 1) step_kernel(const __grid_constant
                    "r"(arrivals)
                    : "memory");
     }
-    if (tid % 32 == 0) *reinterpret_cast<uint32_t*>(smem + p.smem.full + 8 * p.smem.n_slots) = 0;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     hopper::mbarrier_init_fence();
 #endif
+    __syncwarp();
+    copier.fill(p, smem);
   }
   const uint32_t step = p.state->step;
   const int n_segment = 4 * p.n_layer + 1;
@@ -257,20 +246,10 @@ __global__ void __launch_bounds__(n_thread, 1) step_kernel(const __grid_constant
     tokens[tid] = id < 0 || id >= p.n_vocab ? 0 : id;  // a failed draw (-1): any token, its sequence is over
   }
   __syncthreads();
-  if (warp == n_warp) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    if (tid % 32 != 0) return;
-#endif
-    if (!probing(p, 2)) copy_weights<kFormat>(p, smem);
-    return;
-  }
   bool parts = false;
   for (int r = 0; r < p.n_tok; r++) parts |= splits_of(p, p.kv_len[r]) > 1;
-  if (warp == n_warp + 1) {
-    keep_house(p, step, parts);
-    return;
-  }
-  work<kFormat, kWide>(p, smem, tokens, step);
+  keep_house(p, step, parts);
+  work<kFormat, kWide>(p, smem, tokens, step, copier);
   // All blocks have long read the state: this block's last input depends on all of them.
   if (blockIdx.x == 0 && tid == 0) {
     p.state->rows[step & 1] = p.n_tok, p.state->parts[step & 1] = parts ? 1 : 0;

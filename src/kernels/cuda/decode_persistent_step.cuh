@@ -6,85 +6,57 @@
 
 namespace mm::cuda::persistent {
 
-// Shared by the workers and the warp that copies: how many units of the stream have been taken out of the ring. Lies
-// behind the ring's mbarriers.
-__device__ __forceinline__ uint32_t taken_address(const Params& p, unsigned char* smem) {
-  return shared_address(smem + p.smem.full) + 8 * static_cast<uint32_t>(p.smem.n_slots);
-}
-
-// --- the warp that copies -----------------------------------------------------------------------------------------
+// --- copying weights ----------------------------------------------------------------------------------------------
+// One warp's work: keeps the ring full.
 template <WeightFormat kFormat>
-__device__ __forceinline__ void copy_slot(uint32_t to, const unsigned char* from, uint32_t bytes, uint32_t bar,
-                                          [[maybe_unused]] uint64_t policy, [[maybe_unused]] bool hint) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  if (threadIdx.x % 32 != 0) return;
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
-  if (hint) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
-            "r"(to),
-        "l"(from), "r"(bytes), "r"(bar), "l"(policy)
-        : "memory");
-  } else {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-                 "l"(from), "r"(bytes), "r"(bar)
-                 : "memory");
+struct Copier {
+  static constexpr uint32_t slot_bytes = slot_units * unit_bytes(kFormat);
+  const unsigned char* from;
+  uint32_t total, next = 0, taken = 0;  // units of the stream; slots copied; units that have left the ring
+  __device__ __forceinline__ explicit Copier(const Params& p) {
+    const uint32_t begin = p.block_begin[blockIdx.x];
+    from = p.stream + static_cast<int64_t>(begin) * unit_bytes(kFormat);
+    total = p.block_begin[blockIdx.x + 1] - begin;
   }
-#else
-  for (uint32_t i = threadIdx.x % 32 * 16; i < bytes; i += 512) cp_async16(to + i, from + i);
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(bar) : "memory");
-#endif
-}
-
-template <WeightFormat kFormat>
-__device__ void copy_weights(const Params& p, unsigned char* smem) {
-  constexpr int slot_bytes = slot_units * unit_bytes(kFormat);
-  const int block = static_cast<int>(blockIdx.x);
-  const uint32_t begin = p.block_begin[block], total = p.block_begin[block + 1] - begin;
-  const unsigned char* from = p.stream + static_cast<int64_t>(begin) * unit_bytes(kFormat);
-  const uint32_t n_slots = static_cast<uint32_t>(p.smem.n_slots), n_copy = (total + slot_units - 1) / slot_units;
-  const uint32_t ring = shared_address(smem), full = shared_address(smem + p.smem.full), taken_at = taken_address(p, smem);
-  uint64_t keep = 0, drop = 0;
+  __device__ __forceinline__ void fill(const Params& p, unsigned char* smem) {
+    if (probing(p, 2)) return;
+    const uint32_t n_slots = static_cast<uint32_t>(p.smem.n_slots), lane = threadIdx.x % 32;
+    const uint32_t end = min((total + slot_units - 1) / slot_units, taken / slot_units + n_slots);
+    const uint32_t ring = shared_address(smem), full = shared_address(smem + p.smem.full);
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(keep));
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(drop));
-#endif
-  // Units before `free` have been taken by all warps. `end`: of the pass that they are taking.
-  const int2* segments = p.segments + static_cast<int64_t>(block) * (4 * p.n_layer + 1);
-  uint32_t free = 0, end = 0;
-  int segment = 0, tiles_left = 0, units = 0, pass_tiles = 0;
-  const auto next_end = [&] {
-    while (tiles_left == 0) {
-      const int kind = segment == 4 * p.n_layer ? 4 : segment % 4;
-      units = p.shape[kind].units, pass_tiles = tiles_per_pass(units, p.smem.held);
-      tiles_left = segments[segment++].y;
-    }
-    const int n = min(tiles_left, pass_tiles);
-    tiles_left -= n;
-    end += static_cast<uint32_t>(n * units);
-  };
-  uint32_t slot = 0;
-  for (uint32_t c = 0; c < n_copy; c++) {
-    if (c >= n_slots) {
-      const uint32_t wanted = (c - n_slots + 1) * slot_units;
-      SpinGuard guard(3);
-      while (free < wanted) {
-        if (end == free) next_end();
-        uint32_t taken;
-        asm volatile("ld.acquire.cta.shared::cta.u32 %0, [%1];" : "=r"(taken) : "r"(taken_at) : "memory");
-        if (taken >= end) free = end;
-        else __nanosleep(20), guard.spin();
+    uint64_t keep, drop;
+    asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(keep));
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(drop));
+    for (uint32_t c = next + lane; c < end; c += 32) {
+      const uint32_t slot = c % n_slots, bytes = min(total - c * slot_units, static_cast<uint32_t>(slot_units)) * unit_bytes(kFormat);
+      const uint32_t to = ring + slot * slot_bytes, bar = full + 8 * slot;
+      const unsigned char* source = from + static_cast<int64_t>(c) * slot_bytes;
+      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+      if (p.resident_16ths >= 0) {
+        asm volatile(
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], "
+            "%4;" ::"r"(to),
+            "l"(source), "r"(bytes), "r"(bar), "l"(static_cast<int>(c & 15) < p.resident_16ths ? keep : drop)
+            : "memory");
+      } else {
+        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                     "l"(source), "r"(bytes), "r"(bar)
+                     : "memory");
       }
     }
-    const uint32_t bytes = min(total - c * slot_units, static_cast<uint32_t>(slot_units)) * unit_bytes(kFormat);
-    const bool kept = static_cast<int>(c & 15) < p.resident_16ths;
-    copy_slot<kFormat>(ring + slot * slot_bytes, from + static_cast<int64_t>(c) * slot_bytes, bytes, full + 8 * slot,
-                       kept ? keep : drop, p.resident_16ths >= 0);
-    slot = slot + 1 == n_slots ? 0 : slot + 1;
+#else
+    for (uint32_t c = next; c < end; c++) {
+      const uint32_t slot = c % n_slots, bytes = min(total - c * slot_units, static_cast<uint32_t>(slot_units)) * unit_bytes(kFormat);
+      for (uint32_t i = lane * 16; i < bytes; i += 512)
+        cp_async16(ring + slot * slot_bytes + i, from + static_cast<int64_t>(c) * slot_bytes + i);
+      asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(full + 8 * slot) : "memory");
+    }
+#endif
+    next = end;
   }
-}
+};
 
-// --- the warp that keeps house: this step's words of the exchange into L2, the other set's back to `unset` --------
+// --- keeping house: this step's words of the exchange into L2, the other set's back to `unset` --------------------
 template <class F>
 __device__ __forceinline__ void each_part_of_set(const Params& p, int64_t rows, bool parts, F&& f) {
   const int64_t qkv = static_cast<int64_t>(p.ex.parts - p.ex.qkv) / p.max_rows;
@@ -100,14 +72,15 @@ __device__ __forceinline__ void each_part_of_set(const Params& p, int64_t rows, 
   f(p.ex.logits, rows * p.ex.logit_words);
 }
 
-__device__ void keep_house(const Params& p, uint32_t step, bool parts) {
+__device__ __noinline__ void keep_house(const Params& p, uint32_t step, bool parts) {
   const int set = static_cast<int>(step & 1);
-  const int64_t first = (static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x % 32), stride = static_cast<int64_t>(gridDim.x) * 32;
+  const int64_t first = (static_cast<int64_t>(blockIdx.x) * n_thread + threadIdx.x), stride = static_cast<int64_t>(gridDim.x) * n_thread;
   uint32_t* now = p.ex.set[set];
   each_part_of_set(p, p.n_tok, parts, [&](int64_t at, int64_t words) {
     for (int64_t i = first * 32; i < words; i += stride * 32)
       asm volatile("prefetch.global.L2 [%0];" ::"l"(now + at + i));
   });
+  if (p.draw && first < p.n_tok) asm volatile("prefetch.global.L2 [%0];" ::"l"(p.sampling + first));
   const float* norms = p.norms;
   const int64_t n_norms = static_cast<int64_t>(p.n_layer) * p.norm_stride + p.d_model;
   for (int64_t i = first * 32; i < n_norms; i += stride * 32) asm volatile("prefetch.global.L2 [%0];" ::"l"(norms + i));
@@ -166,11 +139,6 @@ __device__ __forceinline__ void take(const Params& p, unsigned char* smem, Held<
         }
       }
     }
-  }
-  __syncwarp();
-  if (lane == 0) {
-    const int mine = tiles * ((units - warp + n_warp - 1) / n_warp);
-    asm volatile("red.release.cta.shared::cta.add.u32 [%0], %1;" ::"r"(taken_address(p, smem)), "r"(mine) : "memory");
   }
 }
 
@@ -339,16 +307,16 @@ __device__ __forceinline__ void take_residual(const Params& p, unsigned char* sm
 __device__ __forceinline__ void take_pairs(const Params& p, unsigned char* smem, const uint32_t* words, int n, int what) {
   constexpr int batch = 2;
   const int per = n / 4, n_item = per * p.n_tok;
-  for (int first = static_cast<int>(threadIdx.x); first < n_item; first += batch * n_worker) {
+  for (int first = static_cast<int>(threadIdx.x); first < n_item; first += batch * n_thread) {
     uint4 x[batch];
 #pragma unroll
     for (int i = 0; i < batch; i++) {
-      if (first + i * n_worker < n_item) x[i] = load_words(words + 4 * (first + i * n_worker));
+      if (first + i * n_thread < n_item) x[i] = load_words(words + 4 * (first + i * n_thread));
     }
     SpinGuard guard(what);
 #pragma unroll
     for (int i = 0; i < batch; i++) {
-      const int item = first + i * n_worker;
+      const int item = first + i * n_thread;
       if (item >= n_item) break;
       while (any_unset(x[i]) && !probing(p, 1)) x[i] = load_words(words + 4 * item), guard.spin();
       *reinterpret_cast<uint4*>(smem + p.smem.input + item / per * p.smem.input_stride + item % per * 16) = x[i];
@@ -371,7 +339,7 @@ __device__ __forceinline__ void reduce_parts(const Params& p, const unsigned cha
   const float* part = reinterpret_cast<const float*>(smem + p.smem.part);
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int n = tiles * p.n_tok * 8;
-  for (int first = warp * 32; first < n; first += n_worker) {
+  for (int first = warp * 32; first < n; first += n_thread) {
     const int i = first + lane;
     float x = 0.0f;
     if (i < n) {
