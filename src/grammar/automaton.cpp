@@ -51,7 +51,7 @@ Automaton::Automaton(const Graph& graph, TokenTable table)
     for (unsigned b = 0; b < 256; b++)
       if (has_byte(set, b)) add_bytes(classes, class_of_[b], class_of_[b]);
   }
-  cells_.push_back({.node = kEmpty, .count = 0, .next = kEndCell, .levels = 0, .may_end = true});
+  cells_.push_back({.node = kEmpty, .count = 0, .next = kEndCell, .shape = 0, .levels = 0, .may_end = true});
   place({});  // kDead
   trail_.resize(table_.impl().longest + 1);
 }
@@ -70,9 +70,12 @@ int32_t Automaton::cell(NodeId node, int32_t count, int32_t next) {
     return mixed(mixed(mixed(0x9E3779B97F4A7C15u, static_cast<uint32_t>(c.node)), static_cast<uint32_t>(c.count)),
                  static_cast<uint32_t>(c.next));
   };
+  const uint64_t passes = static_cast<uint32_t>(std::min(count, expression.min));
+  const uint64_t shape = mixed(mixed(static_cast<uint32_t>(node), passes), cells_[static_cast<size_t>(next)].shape);
   Cell made{.node = node,
             .count = count,
             .next = next,
+            .shape = static_cast<uint32_t>(shape),
             .levels = static_cast<uint8_t>(levels + expression.level),
             .may_end = false};
   const size_t slot = find_slot(cell_slots_, hash_of(made), [&](int32_t i) {
@@ -86,6 +89,35 @@ int32_t Automaton::cell(NodeId node, int32_t count, int32_t next) {
   cells_.push_back(made);
   grow(cell_slots_, cells_.size(), [&](size_t i) { return hash_of(cells_[i]); });
   return id;
+}
+
+bool Automaton::before(int32_t a, int32_t b) const {
+  const uint32_t shape_a = cells_[static_cast<size_t>(a)].shape, shape_b = cells_[static_cast<size_t>(b)].shape;
+  return shape_a != shape_b ? shape_a < shape_b : a < b;
+}
+
+// The same expressions, where a may pass through repeats at least as often. "(\\w{1,30} ?){1,9}" can cut a word in many
+// ways; only the few that leave most passes are worth keeping.
+bool Automaton::dominates(int32_t a, int32_t b) const {
+  for (; a != b; a = cells_[static_cast<size_t>(a)].next, b = cells_[static_cast<size_t>(b)].next) {
+    const Cell &of_a = cells_[static_cast<size_t>(a)], &of_b = cells_[static_cast<size_t>(b)];
+    if (of_a.shape != of_b.shape || of_a.node != of_b.node || of_a.count > of_b.count) return false;
+    if (of_a.count < of_b.count && of_a.count < graph_.nodes[static_cast<size_t>(of_a.node)].min) return false;
+  }
+  return true;
+}
+
+void Automaton::add_target(int32_t target) {
+  constexpr size_t most = 32;  // compared; enough for what people write
+  size_t from = targets_.size();
+  const uint32_t shape = cells_[static_cast<size_t>(target)].shape;
+  while (from > 0 && targets_.size() - from < most && cells_[static_cast<size_t>(targets_[from - 1])].shape == shape)
+    from--;
+  const auto group = targets_.begin() + static_cast<std::ptrdiff_t>(from);
+  if (std::any_of(group, targets_.end(), [&](int32_t t) { return dominates(t, target); })) return;
+  targets_.erase(std::remove_if(group, targets_.end(), [&](int32_t t) { return dominates(target, t); }),
+                 targets_.end());
+  targets_.push_back(target);
 }
 
 Automaton::State Automaton::place(std::span<const int32_t> members) {
@@ -169,13 +201,11 @@ bool Automaton::expand(State state) {
 
 // For each class of bytes the place that the moves with it lead to. Classes of the same moves share a look-up.
 void Automaton::fill_row(int32_t row) {
-  std::sort(moves_.begin(), moves_.end(), [](const Move& a, const Move& b) { return a.target < b.target; });
+  std::sort(moves_.begin(), moves_.end(), [&](const Move& a, const Move& b) { return before(a.target, b.target); });
   const auto collect = [&](int c) {
     targets_.clear();
     for (const Move& move : moves_)
-      if (has_byte(set_classes_[static_cast<size_t>(move.set)], static_cast<unsigned>(c)) &&
-          (targets_.empty() || targets_.back() != move.target))
-        targets_.push_back(move.target);
+      if (has_byte(set_classes_[static_cast<size_t>(move.set)], static_cast<unsigned>(c))) add_target(move.target);
     return targets_.empty() ? kDead : place(targets_);
   };
   constexpr int kWord = 64;
@@ -298,7 +328,7 @@ Automaton::State Automaton::adopt(Automaton& other, State state) {
     }
     members.push_back(made);
   }
-  std::sort(members.begin(), members.end());
+  std::sort(members.begin(), members.end(), [&](int32_t a, int32_t b) { return before(a, b); });
   return place(members);
 }
 

@@ -38,6 +38,7 @@ class Automaton {
     NodeId node;
     int32_t count;
     int32_t next;                   // kEndCell: nothing
+    uint32_t shape;                 // hash of the expressions, without the passes that change little: see dominates()
     uint8_t levels;                 // containers open
     bool may_end;                   // all of the stack matches the empty text
     uint32_t seen = 0, passed = 0;  // the round of expand() that met it
@@ -55,7 +56,10 @@ class Automaton {
 
   int32_t cell(NodeId node, int32_t count, int32_t next);  // kNoCell if more than kMaxLevels would be open
   bool head_may_be_empty(const Cell& cell) const;
-  State place(std::span<const int32_t> members);  // sorted, unique
+  bool before(int32_t a, int32_t b) const;        // the order of members: those of one shape lie together
+  bool dominates(int32_t a, int32_t b) const;     // whatever b matches, a matches too
+  void add_target(int32_t target);                // unless it adds nothing
+  State place(std::span<const int32_t> members);  // ordered, unique
   bool expand(State state);                       // false: too much work
   void visit(NodeId node, int32_t count, int32_t next);
   void fill_row(int32_t row);
