@@ -92,6 +92,7 @@ void add_bench_command(CLI::App& app, Globals& globals) {
   });
   add_bench_infer_commands(*group, globals);
   add_bench_serve_command(*group, globals);
+  add_bench_soak_command(*group, globals);
 }
 
 }  // namespace mm

@@ -22,9 +22,12 @@ void add_common_flags(CLI::App* command, Globals& globals);
 void add_device_flags(CLI::App* command, DeviceOptions& options, bool naive = false);
 
 // --device, --weights, --kv and whatever else says how the engine runs; its flags go into EngineOptions but for the
-// device.
+// device. With draft_model: speculative decoding by that folder's model too.
 struct EngineOptions;
-void add_engine_flags(CLI::App* command, EngineOptions& options, DeviceOptions& device);
+void add_engine_flags(CLI::App* command, EngineOptions& options, DeviceOptions& device,
+                      std::string* draft_model = nullptr);
+// What a GPU computes with follows from the weights: f32 and f16 as they are, else bf16.
+void set_compute_type(const EngineOptions& options, DeviceOptions& device);
 
 // Prints `result`: in --json mode as one line, else as aligned "key: value" lines. Flushes; Error if stdout is closed
 // or full.
@@ -43,6 +46,7 @@ void add_chat_command(CLI::App& app, Globals& globals);
 void add_bench_command(CLI::App& app, Globals& globals);           // bench train|ops, and
 void add_bench_infer_commands(CLI::App& group, Globals& globals);  // bench decode|prefill
 void add_bench_serve_command(CLI::App& group, Globals& globals);   // bench serve
+void add_bench_soak_command(CLI::App& group, Globals& globals);    // bench soak
 void add_serve_command(CLI::App& app, Globals& globals);
 void add_plot_command(CLI::App& app, Globals& globals);
 void add_demo_command(CLI::App& app, Globals& globals);
