@@ -36,7 +36,7 @@ void Worker::attention_half(const InferLayer& layer, int64_t l) {
   const int64_t d = m_.d_model;
   const Operand h = prepare(layer.qkv, p_.n_tok, s_.alone,
                             [&](int64_t r, float* to) { k_.norm_row(to, p_.x + r * d, layer.input_norm, m_.eps, d); });
-  product(h, 0, p_.n_tok, layer.qkv, p_.qkv, layer.qkv.n, false);
+  product(h, 0, p_.n_tok, layer.qkv, p_.qkv, layer.qkv.n, false, &layer.o);
   barrier();
   if (s_.decode) {
     attend_decode(layer, l);
@@ -47,11 +47,11 @@ void Worker::attention_half(const InferLayer& layer, int64_t l) {
   }
   barrier();
   const Operand a = prepare(layer.o, p_.n_tok, s_.alone, [&](int64_t r, float* to) { combine_token(r, to); });
-  product(a, 0, p_.n_tok, layer.o, p_.x, d, true);
+  product(a, 0, p_.n_tok, layer.o, p_.x, d, true, m_.n_expert > 0 ? nullptr : &layer.gate_up);
   barrier();
 }
 
-void Worker::ffn_half(const InferLayer& layer) {
+void Worker::ffn_half(const InferLayer& layer, const InferMatrix* next) {
   if (m_.n_expert > 0) {
     moe_half(layer);
     return;
@@ -62,7 +62,7 @@ void Worker::ffn_half(const InferLayer& layer) {
   const FfnGroup all{&layer.gate_up, &layer.down, 0, p_.n_tok};
   Operand act{kind_for(layer.down, p_.n_tok), 0, 0, p_.act};
   ffn_inner(h, &all, 1, &act);
-  product(act, 0, p_.n_tok, layer.down, p_.x, d, true);
+  product(act, 0, p_.n_tok, layer.down, p_.x, d, true, next);
   barrier();
 }
 
@@ -75,7 +75,7 @@ void Worker::head() {
     if (step_.hidden != nullptr && (!alone || t_ == 0))
       std::memcpy(step_.hidden + r * d, to, static_cast<size_t>(d) * 4);
   });
-  if (step_.logits != nullptr) product(h, 0, n, m_.head, step_.logits, m_.n_vocab, false);
+  if (step_.logits != nullptr) product(h, 0, n, m_.head, step_.logits, m_.n_vocab, false, &m_.layers[0].qkv);
 }
 
 void Worker::run() {
@@ -83,7 +83,7 @@ void Worker::run() {
   embed();
   for (int64_t l = 0; l < m_.n_layer; l++) {
     attention_half(m_.layers[l], l);
-    ffn_half(m_.layers[l]);
+    ffn_half(m_.layers[l], l + 1 < m_.n_layer ? &m_.layers[l + 1].qkv : &m_.head);
   }
   head();
   k_.end_thread();

@@ -49,6 +49,12 @@ struct AttendArgs {
   void* scratch = nullptr;   // attend_scratch bytes
 };
 
+// Where a stream of weights goes on: behind `end` of this product's panels come those at `next`. Kernels ask for them
+// ahead of time, across the end of a stage, so that memory is not idle while threads wait for each other.
+struct WeightStream {
+  const char *end = nullptr, *next = nullptr;
+};
+
 struct InferKernels {
   // Rows.
   void (*norm_row)(float* y, const float* x, const float* w, float eps, int64_t d);
@@ -68,11 +74,11 @@ struct InferKernels {
 
   // Products of few operand rows with whole panels: out[r * ldo + 16 p + i].
   void (*few_f32)(float* out, int64_t ldo, const float* w, int64_t k, int64_t panels, const float* x, int64_t ldx,
-                  int64_t m);
+                  int64_t m, const WeightStream& stream);
   void (*few_bf16)(float* out, int64_t ldo, const uint16_t* w, int64_t kp, int64_t panels, const uint16_t* x,
-                   int64_t m);  // m <= 16
+                   int64_t m, const WeightStream& stream);  // m <= 16
   void (*few_i8)(float* out, int64_t ldo, const uint8_t* w, int64_t kp, int64_t panels, const int8_t* x, int64_t ldx,
-                 int64_t m);
+                 int64_t m, const WeightStream& stream);
   // Products of many rows: c [rows <= 32][32] from one or two operand tiles of rows and one or two panels, row distance
   // 32. The order of the sums does not depend on rows or panels. b1 null: one panel.
   void (*expand_i8)(uint16_t* tiles, const uint8_t* w, int64_t kp);

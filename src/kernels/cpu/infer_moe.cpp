@@ -14,7 +14,7 @@ void Worker::route(const InferLayer& layer, int64_t token) {
   const float* h = p_.h + token * m_.d_model;
   for (int e = 0; e < m_.n_expert; e += infer_panel) {
     k_.few_f32(p + e, infer_panel, static_cast<const float*>(layer.router.data) + e * m_.d_model, m_.d_model, 1, h,
-               m_.d_model, 1);
+               m_.d_model, 1, {nullptr, reinterpret_cast<const char*>(h)});
   }
   float top = p[0], sum = 0, chosen_sum = 0;
   for (int e = 1; e < m_.n_expert; e++) top = p[e] > top ? p[e] : top;
@@ -79,7 +79,7 @@ void Worker::moe_half(const InferLayer& layer) {
   ffn_inner(h, p_.groups, n_group, &act);
   for (int64_t g = 0; g < n_group; g++)
     product(act, p_.groups[g].row0, p_.groups[g].rows, *p_.groups[g].down, p_.expert_out + p_.groups[g].row0 * d, d,
-            false);
+            false, nullptr);
   barrier();
   for (int64_t t = begin_of(p_.n_tok); t < end_of(p_.n_tok); t++) {
     float* x = p_.x + t * d;

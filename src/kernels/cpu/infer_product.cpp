@@ -38,25 +38,35 @@ void Worker::put_row(const Operand& to, int64_t r, const float* x) const {
   finish_row(to, r);
 }
 
+WeightStream Worker::stream_to(const InferMatrix& w, int64_t end_panel, const InferMatrix* next) const {
+  const char* end = static_cast<const char*>(w.data) + end_panel * panel_bytes(w.format, w.k);
+  if (next == nullptr) return {end, static_cast<const char*>(w.data)};
+  // Of gate and up rows side by side the thread begins with the first half.
+  const int64_t first = next->n == 2 * m_.d_ff && next->n % 64 == 0 ? 2 * begin_of(next->n / 64) : begin_of(panels_of(next->n));
+  return {end, static_cast<const char*>(next->data) + first * panel_bytes(next->format, next->k)};
+}
+
 void Worker::few(float* c, const Operand& x, int64_t row0, int64_t rows, const InferMatrix& w, int64_t panel,
-                 int64_t panels) const {
+                 int64_t panels, const WeightStream& stream) const {
   const char* at = static_cast<const char*>(w.data) + panel * panel_bytes(w.format, w.k);
   switch (x.kind) {
     case OperandKind::f32:
-      k_.few_f32(c, few_columns, reinterpret_cast<const float*>(at), w.k, panels, x.f32(row0), w.k, rows);
+      k_.few_f32(c, few_columns, reinterpret_cast<const float*>(at), w.k, panels, x.f32(row0), w.k, rows,
+                 stream);
       break;
     case OperandKind::bf16:
       if (w.format == WeightFormat::i8) {  // rows of a group of experts: too few for many, operands are bf16 already
         for (int64_t p = 0; p < panels; p++) {
           k_.expand_i8(b_.tiles, reinterpret_cast<const uint8_t*>(at) + p * panel_bytes(w.format, w.k), x.kp);
-          k_.few_bf16(c + p * infer_panel, few_columns, b_.tiles, x.kp, 1, x.bf16(row0), rows);
+          k_.few_bf16(c + p * infer_panel, few_columns, b_.tiles, x.kp, 1, x.bf16(row0), rows, {at, at});
         }
       } else {
-        k_.few_bf16(c, few_columns, reinterpret_cast<const uint16_t*>(at), x.kp, panels, x.bf16(row0), rows);
+        k_.few_bf16(c, few_columns, reinterpret_cast<const uint16_t*>(at), x.kp, panels, x.bf16(row0), rows, stream);
       }
       break;
     case OperandKind::q8:
-      k_.few_i8(c, few_columns, reinterpret_cast<const uint8_t*>(at), x.kp, panels, x.q8(row0), x.row_bytes(), rows);
+      k_.few_i8(c, few_columns, reinterpret_cast<const uint8_t*>(at), x.kp, panels, x.q8(row0), x.row_bytes(), rows,
+                stream);
       break;
   }
 }
@@ -83,7 +93,7 @@ void Worker::many(float* c, const Operand& x, int64_t row0, int64_t rows, int64_
 }
 
 void Worker::product(const Operand& x, int64_t row0, int64_t rows, const InferMatrix& w, float* out, int64_t ldo,
-                     bool add) {
+                     bool add, const InferMatrix* next) {
   // Rows [r0, r0 + n_row) of columns from col0 on, staged in b_.c.
   const auto deliver = [&](int64_t r0, int64_t n_row, int64_t col0, int64_t n_col, int64_t ldc) {
     n_col = std::min(n_col, w.n - col0);
@@ -95,9 +105,10 @@ void Worker::product(const Operand& x, int64_t row0, int64_t rows, const InferMa
   };
   if (use_few(x, rows)) {
     const int64_t end = end_of(panels_of(w.n));
+    const WeightStream stream = stream_to(w, end, next);
     for (int64_t p = begin_of(panels_of(w.n)); p < end; p += few_panels) {
       const int64_t panels = std::min(few_panels, end - p);
-      few(b_.c, x, row0, rows, w, p, panels);
+      few(b_.c, x, row0, rows, w, p, panels, stream);
       deliver(0, rows, p * infer_panel, panels * infer_panel, few_columns);
     }
     return;
@@ -120,15 +131,17 @@ void Worker::product_swiglu(const Operand& x, const FfnGroup& g, const Operand& 
   const InferMatrix& w = *g.gate_up;
   const int64_t up = w.n / 2 / infer_panel, units = w.n / 64;
   float a[32];
-  const bool stream = use_few(x, g.rows);
+  const bool streams = use_few(x, g.rows);
+  // Half of gate_up's own panels are gate rows, so its stream starts where the thread's share of units does.
+  const WeightStream gate = stream_to(w, 2 * end_of(units), nullptr), ups = stream_to(w, up + 2 * end_of(units), g.down);
   for (int64_t u = begin_of(units); u < end_of(units); u++) {
     const uint16_t *gate_tiles = nullptr, *up_tiles = nullptr;
-    if (!stream) gate_tiles = expanded(w, 2 * u, 2, 0), up_tiles = expanded(w, up + 2 * u, 2, 2);
+    if (!streams) gate_tiles = expanded(w, 2 * u, 2, 0), up_tiles = expanded(w, up + 2 * u, 2, 2);
     for (int64_t r = 0; r < g.rows; r += 32) {
-      const int64_t n_row = std::min<int64_t>(32, g.rows - r), ldc = stream ? few_columns : 32;
-      if (stream) {
-        few(b_.c, x, g.row0 + r, n_row, w, 2 * u, 2);
-        few(b_.c2, x, g.row0 + r, n_row, w, up + 2 * u, 2);
+      const int64_t n_row = std::min<int64_t>(32, g.rows - r), ldc = streams ? few_columns : 32;
+      if (streams) {
+        few(b_.c, x, g.row0 + r, n_row, w, 2 * u, 2, gate);
+        few(b_.c2, x, g.row0 + r, n_row, w, up + 2 * u, 2, ups);
       } else {
         many(b_.c, x, g.row0 + r, n_row, 2, gate_tiles);
         many(b_.c2, x, g.row0 + r, n_row, 2, up_tiles);
@@ -153,7 +166,8 @@ void Worker::ffn_inner(const Operand& x, const FfnGroup* groups, int64_t n_group
   }
   const int64_t f = act->k;
   for (int64_t g = 0; g < n_group; g++)
-    product(x, groups[g].row0, groups[g].rows, *groups[g].gate_up, p_.gate_up + groups[g].row0 * 2 * f, 2 * f, false);
+    product(x, groups[g].row0, groups[g].rows, *groups[g].gate_up, p_.gate_up + groups[g].row0 * 2 * f, 2 * f, false,
+            groups[g].down);
   barrier();
   for (int64_t g = 0; g < n_group; g++) {
     for (int64_t r = begin_of(groups[g].rows); r < end_of(groups[g].rows); r++) {

@@ -33,7 +33,7 @@ class Worker {
   // infer.cpp
   void embed();
   void attention_half(const InferLayer& layer, int64_t l);
-  void ffn_half(const InferLayer& layer);
+  void ffn_half(const InferLayer& layer, const InferMatrix* next);
   void head();
 
   // infer_product.cpp
@@ -42,12 +42,15 @@ class Worker {
   void put_cols(const Operand& to, int64_t r, int64_t begin, int64_t n, const float* x) const;
   void finish_row(const Operand& to, int64_t r) const;  // zeros behind k
   void put_row(const Operand& to, int64_t r, const float* x) const;
-  void few(float* c, const Operand& x, int64_t row0, int64_t rows, const InferMatrix& w, int64_t panel,
-           int64_t panels) const;
+  void few(float* c, const Operand& x, int64_t row0, int64_t rows, const InferMatrix& w, int64_t panel, int64_t panels,
+           const WeightStream& stream) const;
+  // This thread's panels end before `end_panel`; `next` is the matrix of the product to follow (null: none).
+  WeightStream stream_to(const InferMatrix& w, int64_t end_panel, const InferMatrix* next) const;
   void many(float* c, const Operand& x, int64_t row0, int64_t rows, int64_t panels, const uint16_t* tiles) const;
   const uint16_t* expanded(const InferMatrix& w, int64_t panel, int64_t panels, int64_t slot) const;
   // This thread's columns of x w^T; row row0 + r goes to out + r * ldo. No barrier.
-  void product(const Operand& x, int64_t row0, int64_t rows, const InferMatrix& w, float* out, int64_t ldo, bool add);
+  void product(const Operand& x, int64_t row0, int64_t rows, const InferMatrix& w, float* out, int64_t ldo, bool add,
+               const InferMatrix* next);
   void product_swiglu(const Operand& x, const FfnGroup& g, const Operand& act);
   // act = silu(gate) * up of all groups. Ends with a barrier.
   void ffn_inner(const Operand& x, const FfnGroup* groups, int64_t n_group, Operand* act);

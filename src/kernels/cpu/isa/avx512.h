@@ -6,6 +6,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "kernels/cpu/infer_kernels.h"
+
 namespace mm {
 
 #define MM_INLINE static inline __attribute__((always_inline))
@@ -82,8 +84,14 @@ MM_INLINE void transpose16(__m512i r[16]) {
   for (int i = 0; i < 16; i++) r[i] = t[i];
 }
 
-// The weights of a decode step come from beyond L2; the hardware's prefetcher stops at every 4 KB page.
-MM_INLINE void prefetch_weights(const void* p) { _mm_prefetch(static_cast<const char*>(p) + 8192, _MM_HINT_T0); }
+// The place in a stream of weights that lies `ahead` of p. Weights of a decode step come from beyond L2, and the
+// hardware's prefetcher stops at every 4 KB page.
+constexpr int64_t ahead = 8192;
+MM_INLINE const char* ahead_of(const void* p, const WeightStream& stream) {
+  const char* q = static_cast<const char*>(p) + ahead;
+  return q < stream.end ? q : stream.next + (q - stream.end);
+}
+MM_INLINE void prefetch(const char* p) { _mm_prefetch(p, _MM_HINT_T0); }
 
 MM_INLINE __m512i set1_quad(const void* four_bytes) {
   int32_t v;

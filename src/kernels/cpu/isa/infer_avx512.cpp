@@ -130,14 +130,16 @@ void many_f32(float* c, const float* a, int64_t lda, int64_t k, int64_t rows, co
 }
 
 // One row: its sums run in 4 vectors, so that latency hides behind 4 chains.
-void few_f32_1(float* out, const float* w, int64_t k, int64_t panels, const float* x) {
+void few_f32_1(float* out, const float* w, int64_t k, int64_t panels, const float* x,
+               const WeightStream& stream) {
   for (int64_t p = 0; p < panels; p++) {
     __m512 acc[4] = {};
     int64_t i = 0;
     for (; i + 4 <= k; i += 4, w += 64) {
+      const char* soon = ahead_of(w, stream);
 #pragma GCC unroll 4
       for (int j = 0; j < 4; j++) {
-        prefetch_weights(w + 16 * j);
+        prefetch(soon + 64 * j);
         acc[j] = _mm512_fmadd_ps(_mm512_set1_ps(x[i + j]), _mm512_loadu_ps(w + 16 * j), acc[j]);
       }
     }
@@ -147,9 +149,9 @@ void few_f32_1(float* out, const float* w, int64_t k, int64_t panels, const floa
 }
 
 void few_f32(float* out, int64_t ldo, const float* w, int64_t k, int64_t panels, const float* x, int64_t ldx,
-             int64_t m) {
+             int64_t m, const WeightStream& stream) {
   if (m == 1) {
-    few_f32_1(out, w, k, panels, x);
+    few_f32_1(out, w, k, panels, x, stream);
     return;
   }
   int64_t p = 0;
@@ -199,13 +201,15 @@ void many_bf16(float* c, const uint16_t* a, int64_t kp, int64_t rows, const uint
   else rows_bf16<1>(c, 32, a, kp, rows, b0, b0);
 }
 
-void few_bf16_1(float* out, const uint16_t* w, int64_t kp, int64_t panels, const uint16_t* x) {
+void few_bf16_1(float* out, const uint16_t* w, int64_t kp, int64_t panels, const uint16_t* x,
+                const WeightStream& stream) {
   for (int64_t p = 0; p < panels; p++) {
     __m512 even[2] = {}, odd[2] = {};
     for (int64_t t = 0; t < kp / 32; t++, w += infer_tile) {
+      const char* soon = ahead_of(w, stream);
 #pragma GCC unroll 16
       for (int i = 0; i < 16; i++) {
-        prefetch_weights(w + i * 32);
+        prefetch(soon + i * 64);
         const __m512i v = _mm512_loadu_si512(w + i * 32), a = set1_quad(x + t * infer_tile + 2 * i);
         even[i % 2] = _mm512_fmadd_ps(even_bf16(a), even_bf16(v), even[i % 2]);
         odd[i % 2] = _mm512_fmadd_ps(odd_bf16(a), odd_bf16(v), odd[i % 2]);
@@ -215,9 +219,10 @@ void few_bf16_1(float* out, const uint16_t* w, int64_t kp, int64_t panels, const
   }
 }
 
-void few_bf16(float* out, int64_t ldo, const uint16_t* w, int64_t kp, int64_t panels, const uint16_t* x, int64_t m) {
+void few_bf16(float* out, int64_t ldo, const uint16_t* w, int64_t kp, int64_t panels, const uint16_t* x, int64_t m,
+              const WeightStream& stream) {
   if (m == 1) {
-    few_bf16_1(out, w, kp, panels, x);
+    few_bf16_1(out, w, kp, panels, x, stream);
     return;
   }
   int64_t p = 0;
@@ -228,12 +233,14 @@ void few_bf16(float* out, int64_t ldo, const uint16_t* w, int64_t kp, int64_t pa
 
 // Without VNNI: bytes 0 and 2, and 1 and 3, of every quad as pairs of 16-bit numbers.
 template <int M>
-void few_i8_m(float* out, int64_t ldo, const uint8_t* w, int64_t kp, int64_t panels, const int8_t* x, int64_t ldx) {
+void few_i8_m(float* out, int64_t ldo, const uint8_t* w, int64_t kp, int64_t panels, const int8_t* x, int64_t ldx,
+              const WeightStream& stream) {
   const __m512i low = _mm512_set1_epi16(255);
   for (int64_t p = 0; p < panels; p++) {
     __m512 acc[M] = {};
     for (int64_t g = 0; g < kp / 32; g++) {
       const uint8_t* group = w + g / 2 * infer_i8_block + g % 2 * 512;
+      const char* soon = ahead_of(group, stream);
       const __m512 ws = _mm512_cvtph_ps(_mm256_loadu_si256(
           reinterpret_cast<const __m256i*>(w + g / 2 * infer_i8_block + 1024 + g % 2 * 32)));
       __m512i sum[M];
@@ -241,7 +248,7 @@ void few_i8_m(float* out, int64_t ldo, const uint8_t* w, int64_t kp, int64_t pan
         sum[r] = _mm512_set1_epi32(reinterpret_cast<const int32_t*>(x + r * ldx + kp + kp / 32 * 4)[g]);
 #pragma GCC unroll 8
       for (int q = 0; q < 8; q++) {
-        prefetch_weights(group + q * 64);
+        prefetch(soon + q * 64);
         const __m512i v = _mm512_loadu_si512(group + q * 64), even = _mm512_and_si512(v, low),
                       odd = _mm512_srli_epi16(v, 8);
 #pragma GCC unroll 4
@@ -263,10 +270,10 @@ void few_i8_m(float* out, int64_t ldo, const uint8_t* w, int64_t kp, int64_t pan
 }
 
 void few_i8(float* out, int64_t ldo, const uint8_t* w, int64_t kp, int64_t panels, const int8_t* x, int64_t ldx,
-            int64_t m) {
-  for (; m >= 4; m -= 4, out += 4 * ldo, x += 4 * ldx) few_i8_m<4>(out, ldo, w, kp, panels, x, ldx);
-  if (m >= 2) few_i8_m<2>(out, ldo, w, kp, panels, x, ldx), m -= 2, out += 2 * ldo, x += 2 * ldx;
-  if (m >= 1) few_i8_m<1>(out, ldo, w, kp, panels, x, ldx);
+            int64_t m, const WeightStream& stream) {
+  for (; m >= 4; m -= 4, out += 4 * ldo, x += 4 * ldx) few_i8_m<4>(out, ldo, w, kp, panels, x, ldx, stream);
+  if (m >= 2) few_i8_m<2>(out, ldo, w, kp, panels, x, ldx, stream), m -= 2, out += 2 * ldo, x += 2 * ldx;
+  if (m >= 1) few_i8_m<1>(out, ldo, w, kp, panels, x, ldx, stream);
 }
 
 void expand_i8(uint16_t* tiles, const uint8_t* w, int64_t kp) {

@@ -7,14 +7,16 @@ namespace mm {
 namespace {
 
 // One row: its sums run in 4 vectors (the pairs of a tile in turn), so that latency hides behind 4 chains.
-void few_bf16_1(float* out, const uint16_t* w, int64_t kp, int64_t panels, const uint16_t* x) {
+void few_bf16_1(float* out, const uint16_t* w, int64_t kp, int64_t panels, const uint16_t* x,
+             const WeightStream& stream) {
   for (int64_t p = 0; p < panels; p++) {
     __m512 acc[4] = {};
     for (int64_t t = 0; t < kp / 32; t++, w += infer_tile) {
       const uint16_t* a = x + t * infer_tile;
+      const char* soon = ahead_of(w, stream);
 #pragma GCC unroll 16
       for (int i = 0; i < 16; i++) {
-        prefetch_weights(w + i * 32);
+        prefetch(soon + i * 64);
         acc[i % 4] = _mm512_dpbf16_ps(acc[i % 4], (__m512bh)_mm512_loadu_si512(w + i * 32), (__m512bh)set1_quad(a + 2 * i));
       }
     }
@@ -24,14 +26,16 @@ void few_bf16_1(float* out, const uint16_t* w, int64_t kp, int64_t panels, const
 
 // M rows and one panel: every weight vector serves M rows.
 template <int M>
-void few_bf16_m(float* out, int64_t ldo, const uint16_t* w, int64_t kp, int64_t panels, const uint16_t* x) {
+void few_bf16_m(float* out, int64_t ldo, const uint16_t* w, int64_t kp, int64_t panels, const uint16_t* x,
+             const WeightStream& stream) {
   for (int64_t p = 0; p < panels; p++) {
     __m512 acc[M] = {};
     for (int64_t t = 0; t < kp / 32; t++, w += infer_tile) {
       const uint16_t* a = x + t * infer_tile;
+      const char* soon = ahead_of(w, stream);
 #pragma GCC unroll 4
       for (int i = 0; i < 16; i++) {
-        prefetch_weights(w + i * 32);
+        prefetch(soon + i * 64);
         const auto wi = (__m512bh)_mm512_loadu_si512(w + i * 32);
 #pragma GCC unroll 16
         for (int r = 0; r < M; r++) acc[r] = _mm512_dpbf16_ps(acc[r], wi, (__m512bh)set1_quad(a + r * 32 + 2 * i));
@@ -41,20 +45,22 @@ void few_bf16_m(float* out, int64_t ldo, const uint16_t* w, int64_t kp, int64_t 
   }
 }
 
-void few_bf16(float* out, int64_t ldo, const uint16_t* w, int64_t kp, int64_t panels, const uint16_t* x, int64_t m) {
+void few_bf16(float* out, int64_t ldo, const uint16_t* w, int64_t kp, int64_t panels, const uint16_t* x, int64_t m,
+              const WeightStream& stream) {
   while (m > 0) {
     int64_t n = 1;
-    if (m >= 8) few_bf16_m<8>(out, ldo, w, kp, panels, x), n = 8;
-    else if (m >= 4) few_bf16_m<4>(out, ldo, w, kp, panels, x), n = 4;
-    else if (m == 3) few_bf16_m<3>(out, ldo, w, kp, panels, x), n = 3;
-    else if (m == 2) few_bf16_m<2>(out, ldo, w, kp, panels, x), n = 2;
-    else few_bf16_1(out, w, kp, panels, x);
+    if (m >= 8) few_bf16_m<8>(out, ldo, w, kp, panels, x, stream), n = 8;
+    else if (m >= 4) few_bf16_m<4>(out, ldo, w, kp, panels, x, stream), n = 4;
+    else if (m == 3) few_bf16_m<3>(out, ldo, w, kp, panels, x, stream), n = 3;
+    else if (m == 2) few_bf16_m<2>(out, ldo, w, kp, panels, x, stream), n = 2;
+    else few_bf16_1(out, w, kp, panels, x, stream);
     out += n * ldo, x += n * 32, m -= n;
   }
 }
 
 template <int M>
-void few_i8_m(float* out, int64_t ldo, const uint8_t* w, int64_t kp, int64_t panels, const int8_t* x, int64_t ldx) {
+void few_i8_m(float* out, int64_t ldo, const uint8_t* w, int64_t kp, int64_t panels, const int8_t* x, int64_t ldx,
+              const WeightStream& stream) {
   const float* scales[M];
   const int32_t* corrections[M];
   for (int r = 0; r < M; r++) {
@@ -64,6 +70,8 @@ void few_i8_m(float* out, int64_t ldo, const uint8_t* w, int64_t kp, int64_t pan
   for (int64_t p = 0; p < panels; p++) {
     __m512 acc[M] = {};
     for (int64_t b = 0; b < kp / 64; b++, w += infer_i8_block) {
+      const char* soon = ahead_of(w, stream);
+      prefetch(soon + 1024);
 #pragma GCC unroll 2
       for (int g = 0; g < 2; g++) {
         __m512i sum[M];
@@ -71,7 +79,7 @@ void few_i8_m(float* out, int64_t ldo, const uint8_t* w, int64_t kp, int64_t pan
         for (int r = 0; r < M; r++) sum[r] = _mm512_set1_epi32(corrections[r][2 * b + g]);
 #pragma GCC unroll 8
         for (int q = 0; q < 8; q++) {
-          prefetch_weights(w + g * 512 + q * 64);
+          prefetch(soon + g * 512 + q * 64);
           const __m512i wq = _mm512_loadu_si512(w + g * 512 + q * 64);
 #pragma GCC unroll 8
           for (int r = 0; r < M; r++)
@@ -91,14 +99,14 @@ void few_i8_m(float* out, int64_t ldo, const uint8_t* w, int64_t kp, int64_t pan
 }
 
 void few_i8(float* out, int64_t ldo, const uint8_t* w, int64_t kp, int64_t panels, const int8_t* x, int64_t ldx,
-            int64_t m) {
+            int64_t m, const WeightStream& stream) {
   while (m > 0) {
     int64_t n = 1;
-    if (m >= 8) few_i8_m<8>(out, ldo, w, kp, panels, x, ldx), n = 8;
-    else if (m >= 4) few_i8_m<4>(out, ldo, w, kp, panels, x, ldx), n = 4;
-    else if (m == 3) few_i8_m<3>(out, ldo, w, kp, panels, x, ldx), n = 3;
-    else if (m == 2) few_i8_m<2>(out, ldo, w, kp, panels, x, ldx), n = 2;
-    else few_i8_m<1>(out, ldo, w, kp, panels, x, ldx);
+    if (m >= 8) few_i8_m<8>(out, ldo, w, kp, panels, x, ldx, stream), n = 8;
+    else if (m >= 4) few_i8_m<4>(out, ldo, w, kp, panels, x, ldx, stream), n = 4;
+    else if (m == 3) few_i8_m<3>(out, ldo, w, kp, panels, x, ldx, stream), n = 3;
+    else if (m == 2) few_i8_m<2>(out, ldo, w, kp, panels, x, ldx, stream), n = 2;
+    else few_i8_m<1>(out, ldo, w, kp, panels, x, ldx, stream);
     out += n * ldo, x += n * ldx, m -= n;
   }
 }
@@ -116,7 +124,6 @@ void expand_i8(uint16_t* tiles, const uint8_t* w, int64_t kp) {
       const __m512 offset = _mm512_mul_ps(scale, _mm512_set1_ps(32768.0f + 128.0f));
 #pragma GCC unroll 8
       for (int q = 0; q < 8; q++) {
-        prefetch_weights(w + g * 512 + q * 64);
         const __m512i v = _mm512_loadu_si512(w + g * 512 + q * 64);
         const auto value = [&](__m512i x) {
           const __m512i f = _mm512_ternarylogic_epi32(x, mask, magic, 0xea);  // x & mask | magic

@@ -7,7 +7,7 @@ namespace mm::MM_ISA {
 constexpr int n_lane = 16;
 
 void few_f32(float* out, int64_t ldo, const float* w, int64_t k, int64_t panels, const float* x, int64_t ldx,
-             int64_t m) {
+             int64_t m, const WeightStream& /*stream*/) {
   for (int64_t p = 0; p < panels; p++, w += k * n_lane) {
     for (int64_t r = 0; r < m; r++) {
       float acc[n_lane] = {};
@@ -34,7 +34,8 @@ static inline void dot_bf16(float* acc, const uint16_t* x, const uint16_t* w, in
   }
 }
 
-void few_bf16(float* out, int64_t ldo, const uint16_t* w, int64_t kp, int64_t panels, const uint16_t* x, int64_t m) {
+void few_bf16(float* out, int64_t ldo, const uint16_t* w, int64_t kp, int64_t panels, const uint16_t* x, int64_t m,
+              const WeightStream& /*stream*/) {
   for (int64_t p = 0; p < panels; p++) {
     for (int64_t r = 0; r < m; r++) {
       float acc[n_lane] = {};
@@ -45,7 +46,7 @@ void few_bf16(float* out, int64_t ldo, const uint16_t* w, int64_t kp, int64_t pa
 }
 
 void few_i8(float* out, int64_t ldo, const uint8_t* w, int64_t kp, int64_t panels, const int8_t* x, int64_t ldx,
-            int64_t m) {
+            int64_t m, const WeightStream& /*stream*/) {
   const int64_t panel_bytes = kp / 64 * infer_i8_block;
   for (int64_t p = 0; p < panels; p++, w += panel_bytes) {
     for (int64_t r = 0; r < m; r++) {
