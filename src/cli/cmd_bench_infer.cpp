@@ -19,6 +19,7 @@ struct InferFlags {
 void run_bench(InferFlags& f, const Globals& globals, bool decode) {
   if (f.model.empty() == f.preset.empty())
     throw Error("--model, --preset", "one of them", f.model.empty() ? "none" : "both");
+  set_compute_type(f.bench.engine, f.device);
   const OpenDevice open(f.device);
   InferBenchOptions& b = f.bench;
   b.engine.device = open.device;

@@ -17,7 +17,8 @@ struct GenerateFlags {
   std::string model, prompt, chat, system;
   std::vector<int32_t> ids;
   bool think = false, no_empty_think = false, no_bos = false, ignore_eos = false;
-  int64_t samples = 1, prefill_chunk = 256;
+  int64_t samples = 1, prefill_chunk = 256, ngram_draft = 0;
+  std::string weights, regex, json_schema;
   GenerateRequest request;
   DeviceOptions device;
 };
@@ -67,6 +68,10 @@ static void print_text(std::string_view text) {
 static void generate(const GenerateFlags& f, const Globals& globals) {
   GenerateRequest request = f.request;
   check_sampling(request.sampling);
+  if (!f.regex.empty()) request.grammar = Grammar::regex(f.regex, "--regex");
+  if (!f.json_schema.empty()) request.grammar = Grammar::json_schema(load_json(f.json_schema), f.json_schema);
+  std::optional<WeightFormat> weights;
+  if (!f.weights.empty()) weights = weight_format_from_name(f.weights);
   const OpenDevice open(f.device);
   const auto model = Model::load(f.model);
   std::optional<Tokenizer> tokenizer;
@@ -90,7 +95,9 @@ static void generate(const GenerateFlags& f, const Globals& globals) {
                       {.max_sequences = std::min<int64_t>(f.samples, 32),
                        .context = context,
                        .prefill_chunk = f.prefill_chunk,
-                       .device = open.device});
+                       .ngram_draft = f.ngram_draft,
+                       .device = open.device,
+                       .weights = weights});
   const bool stream = !globals.json && f.samples == 1;
   const double start = now_seconds();
   const auto results = generator.run(requests, [&](size_t, int32_t, std::string_view text) {
@@ -144,6 +151,12 @@ void add_generate_command(CLI::App& app, Globals& globals) {
   command->add_flag("--ignore-eos", flags->ignore_eos, "Go on after the end token");
   command->add_option("--logprobs", request.logprobs, "Log-probabilities of each token and of the N best (with --json)")
       ->check(CLI::Range(0, 1000));
+  auto* regex = command->add_option("--regex", flags->regex, "The answer must match this regular expression");
+  command->add_option("--json-schema", flags->json_schema, "The answer must be JSON that this schema allows (a file)")
+      ->excludes(regex);
+  command->add_option("--weights", flags->weights, "f32, bf16 or i8 (default: as --dtype computes)");
+  command->add_option("--ngram-draft", flags->ngram_draft, "Speculative decoding: tokens proposed from the text so far")
+      ->check(CLI::Range(0, 16));
   command->add_option("--samples", flags->samples, "Independent answers")->check(CLI::Range(1, 100000));
   command->add_option("--prefill-chunk", flags->prefill_chunk, "Prompt tokens a pass")->check(CLI::Range(1, 1 << 20));
   add_sampling_flags(command, request.sampling);

@@ -17,7 +17,7 @@
 namespace mm {
 
 struct ServeFlags {
-  std::string model, api_key_file;
+  std::string model, draft_model, api_key_file;
   bool no_empty_think = false;
   double drain_seconds = 30;
   int64_t max_body_mb = 4, max_pending_kb = 1024;
@@ -52,13 +52,21 @@ static void serve(ServeFlags& f, const Globals& globals) {
   if (f.server.names.empty()) f.server.names.push_back(folder_name(f.model));
   if (f.server.names[0] == "*") f.server.names.insert(f.server.names.begin(), folder_name(f.model));
 
+  set_compute_type(f.engine, f.device);
   const OpenDevice open(f.device);
   f.engine.device = open.device;
-  const auto model = Model::load(f.model);
+  auto model = Model::load(f.model);
+  std::unique_ptr<Model> draft;
+  if (!f.draft_model.empty()) {
+    draft = Model::load(f.draft_model);
+    if (f.engine.draft_tokens == 0) f.engine.draft_tokens = 4;
+  }
   const Tokenizer tokenizer = Tokenizer::load(f.model);
   for (const int64_t id : {static_cast<int64_t>(tokenizer.eos_id()), static_cast<int64_t>(model->config.eos_token_id)})
     if (id >= 0) f.server.stop_ids.push_back(static_cast<int32_t>(id));
-  Engine engine(*model, tokenizer, f.engine);
+  Engine engine(*model, tokenizer, f.engine, draft.get());
+  model.reset();  // the engine has its own weights
+  draft.reset();
   const InterruptGuard guard;  // the first signal drains, the second one ends at once
   Server server(engine, tokenizer, f.server);
   if (globals.json) {
@@ -125,7 +133,7 @@ void add_serve_command(CLI::App& app, Globals& globals) {
   limit(command->add_option("--drain-seconds", f.drain_seconds, "For running requests after SIGTERM or Ctrl-C"))
       ->check(seconds);
 
-  add_engine_flags(command, f.engine, f.device);
+  add_engine_flags(command, f.engine, f.device, &f.draft_model);
   command->add_flag("--no-empty-think", f.no_empty_think,
                     "No empty <think></think> before answers, for models trained without it");
   add_sampling_flags(command, s.sampling);

@@ -13,7 +13,7 @@ static void add_name(CLI::App* command, const char* flag, T& value, T (*from_nam
       ->group("Engine");
 }
 
-void add_engine_flags(CLI::App* command, EngineOptions& o, DeviceOptions& device) {
+void add_engine_flags(CLI::App* command, EngineOptions& o, DeviceOptions& device, std::string* draft_model) {
   const auto number = [&](const char* flag, int64_t& value, const char* help, int64_t low) {
     command->add_option(flag, value, help)->check(CLI::Range(low, int64_t{1} << 40))->group("Engine");
   };
@@ -43,6 +43,18 @@ void add_engine_flags(CLI::App* command, EngineOptions& o, DeviceOptions& device
   command->add_flag("--batch-invariant", o.batch_invariant, "The same bits alone and among others; slower")
       ->group("Engine");
   number("--ngram-draft", o.ngram_draft, "Speculative decoding: tokens proposed from what was said before (0: off)", 0);
+  if (draft_model == nullptr) return;
+  command
+      ->add_option(
+          "--draft-model", *draft_model,
+          "Speculative decoding: a smaller model of the same vocabulary that writes ahead (the text stays the same)")
+      ->group("Engine");
+  number("--draft-tokens", o.draft_tokens, "Tokens that --draft-model writes ahead (0: 4)", 0);
+}
+
+void set_compute_type(const EngineOptions& o, DeviceOptions& device) {
+  const bool native = o.weights == WeightFormat::f32 || o.weights == WeightFormat::f16;
+  device.dtype = native ? weight_format_name(o.weights) : "auto";
 }
 
 }  // namespace mm
