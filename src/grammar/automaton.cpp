@@ -1,7 +1,6 @@
 #include "grammar/automaton.h"
 
 #include <algorithm>
-#include <map>
 
 #include "base/error.h"
 #include "grammar/token_table.h"
@@ -38,19 +37,6 @@ void grow(std::vector<int32_t>& slots, size_t entries, HashOf&& hash_of) {
 
 Automaton::Automaton(const Graph& graph, TokenTable table)
     : graph_(graph), table_(std::move(table)), cell_slots_(256, -1), place_slots_(256, -1) {
-  // Bytes in the same sets are one class: refine by one set after the other.
-  for (const ByteSet& set : graph_.sets) {
-    std::map<std::pair<uint8_t, bool>, uint8_t> split;
-    for (unsigned b = 0; b < 256; b++)
-      class_of_[b] =
-          split.try_emplace({class_of_[b], has_byte(set, b)}, static_cast<uint8_t>(split.size())).first->second;
-  }
-  n_classes_ = 1 + *std::max_element(class_of_.begin(), class_of_.end());
-  for (const ByteSet& set : graph_.sets) {
-    ByteSet& classes = set_classes_.emplace_back();
-    for (unsigned b = 0; b < 256; b++)
-      if (has_byte(set, b)) add_bytes(classes, class_of_[b], class_of_[b]);
-  }
   cells_.push_back({.node = kEmpty, .count = 0, .next = kEndCell, .shape = 0, .levels = 0, .may_end = true});
   place({});  // kDead
   trail_.resize(table_.impl().longest + 1);
@@ -193,7 +179,7 @@ bool Automaton::expand(State state) {
     }
   }
   const auto row = static_cast<int32_t>(rows_.size());
-  rows_.resize(rows_.size() + static_cast<size_t>(n_classes_), kDead);
+  rows_.resize(rows_.size() + static_cast<size_t>(graph_.n_classes), kDead);
   fill_row(row);
   places_[static_cast<size_t>(state)].row = row;
   return true;
@@ -205,7 +191,8 @@ void Automaton::fill_row(int32_t row) {
   const auto collect = [&](int c) {
     targets_.clear();
     for (const Move& move : moves_)
-      if (has_byte(set_classes_[static_cast<size_t>(move.set)], static_cast<unsigned>(c))) add_target(move.target);
+      if (has_byte(graph_.set_classes[static_cast<size_t>(move.set)], static_cast<unsigned>(c)))
+        add_target(move.target);
     return targets_.empty() ? kDead : place(targets_);
   };
   constexpr int kWord = 64;
@@ -213,13 +200,13 @@ void Automaton::fill_row(int32_t row) {
   const bool small = moves_.size() <= kWord;
   if (small) {
     for (size_t m = 0; m < moves_.size(); m++) {
-      const ByteSet& classes = set_classes_[static_cast<size_t>(moves_[m].set)];
-      for (int c = 0; c < n_classes_; c++)
+      const ByteSet& classes = graph_.set_classes[static_cast<size_t>(moves_[m].set)];
+      for (int c = 0; c < graph_.n_classes; c++)
         signature[static_cast<size_t>(c)] |= uint64_t{has_byte(classes, static_cast<unsigned>(c))} << m;
     }
   }
   std::vector<std::pair<uint64_t, State>> known;
-  for (int c = 0; c < n_classes_; c++) {
+  for (int c = 0; c < graph_.n_classes; c++) {
     State& to = rows_[static_cast<size_t>(row + c)];
     if (!small) {
       to = collect(c);
@@ -236,7 +223,7 @@ void Automaton::fill_row(int32_t row) {
 
 Automaton::State Automaton::next_state(State state, uint8_t byte) {
   if (places_[static_cast<size_t>(state)].row < 0 && !expand(state)) return -1;
-  return rows_[static_cast<size_t>(places_[static_cast<size_t>(state)].row + class_of_[byte])];
+  return rows_[static_cast<size_t>(places_[static_cast<size_t>(state)].row + graph_.class_of[byte])];
 }
 
 Automaton::State Automaton::start() {
@@ -267,7 +254,7 @@ bool Automaton::finished(State state) {
   if (!places_[static_cast<size_t>(state)].may_end) return false;
   if (places_[static_cast<size_t>(state)].row < 0 && !expand(state)) return false;
   const auto row = rows_.begin() + places_[static_cast<size_t>(state)].row;
-  return std::all_of(row, row + n_classes_, [](State to) { return to == kDead; });
+  return std::all_of(row, row + graph_.n_classes, [](State to) { return to == kDead; });
 }
 
 void Automaton::mask(State state, std::span<uint32_t> bits) {

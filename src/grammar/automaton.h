@@ -72,10 +72,6 @@ class Automaton {
   std::mutex mutex_;
   std::atomic<bool> full_ = false;
 
-  int n_classes_ = 0;  // of bytes that no expression tells apart
-  std::array<uint8_t, 256> class_of_{};
-  std::vector<ByteSet> set_classes_;  // of each byte set of the graph
-
   std::vector<Cell> cells_;
   std::vector<int32_t> cell_slots_;  // open hashing
   std::vector<Place> places_;

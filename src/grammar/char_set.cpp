@@ -70,6 +70,24 @@ const CharSet& json_escaped() {
   return set;
 }
 
+NodeId json_node(GraphBuilder& b, const CharSet& set) {
+  std::vector<NodeId> choices{utf8_node(b, set.without(json_escaped()))};
+  for (const auto& [short_form, code] :
+       {std::pair<char, uint32_t>{'"', '"'}, {'\\', '\\'}, {'b', 8}, {'t', 9}, {'n', 10}, {'f', 12}, {'r', 13}}) {
+    if (set.contains(code)) choices.push_back(b.byte('\\', b.byte(short_form)));
+  }
+  const auto is_short = [](uint32_t c) { return c == 8 || c == 9 || c == 10 || c == 12 || c == 13; };
+  for (const unsigned high : {0u, 1u}) {
+    ByteSet low{};
+    for (unsigned c = 0; c < 16; c++)
+      if (set.contains(high * 16 + c) && !is_short(high * 16 + c)) {
+        add_bytes(low, static_cast<uint8_t>("0123456789abcdef"[c]), static_cast<uint8_t>("0123456789abcdef"[c]));
+      }
+    choices.push_back(b.literal(high == 0 ? "\\u000" : "\\u001", b.byte(low)));
+  }
+  return b.alt(std::move(choices));
+}
+
 }  // namespace
 
 CharSet CharSet::of(std::initializer_list<std::pair<uint32_t, uint32_t>> ranges) {
@@ -122,23 +140,13 @@ bool CharSet::contains(uint32_t code) const {
   return it != ranges_.end() && it->first <= code;
 }
 
-NodeId char_node(GraphBuilder& b, const CharSet& set, CharEncoding encoding) {
-  if (encoding == CharEncoding::utf8) return utf8_node(b, set);
-  std::vector<NodeId> choices{utf8_node(b, set.without(json_escaped()))};
-  for (const auto& [short_form, code] :
-       {std::pair<char, uint32_t>{'"', '"'}, {'\\', '\\'}, {'b', 8}, {'t', 9}, {'n', 10}, {'f', 12}, {'r', 13}}) {
-    if (set.contains(code)) choices.push_back(b.byte('\\', b.byte(short_form)));
+NodeId CharNodes::of(const CharSet& set) {
+  const auto [it, fresh] = known_.try_emplace(set, kNever);
+  if (fresh) {
+    b_.spend(20 + 4 * set.ranges().size());
+    it->second = encoding_ == CharEncoding::utf8 ? utf8_node(b_, set) : json_node(b_, set);
   }
-  const auto is_short = [](uint32_t c) { return c == 8 || c == 9 || c == 10 || c == 12 || c == 13; };
-  for (const unsigned high : {0u, 1u}) {
-    ByteSet low{};
-    for (unsigned c = 0; c < 16; c++)
-      if (set.contains(high * 16 + c) && !is_short(high * 16 + c)) {
-        add_bytes(low, static_cast<uint8_t>("0123456789abcdef"[c]), static_cast<uint8_t>("0123456789abcdef"[c]));
-      }
-    choices.push_back(b.literal(high == 0 ? "\\u000" : "\\u001", b.byte(low)));
-  }
-  return b.alt(std::move(choices));
+  return it->second;
 }
 
 NodeId any_json_char(GraphBuilder& b) {

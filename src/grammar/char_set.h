@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -39,8 +40,20 @@ enum class CharEncoding {
   json,  // as JSON writers do: quote, backslash and control characters escaped, all else as it is
 };
 
-// One character of the set.
-NodeId char_node(GraphBuilder& builder, const CharSet& set, CharEncoding encoding);
+// The nodes of character sets in one encoding, each made once.
+class CharNodes {
+ public:
+  CharNodes(GraphBuilder& builder, CharEncoding encoding) : b_(builder), encoding_(encoding) {}
+  GraphBuilder& builder() { return b_; }
+  NodeId of(const CharSet& set);  // one character of the set
+  NodeId of(uint32_t code) { return of(CharSet::of({{code, code}})); }
+
+ private:
+  GraphBuilder& b_;
+  const CharEncoding encoding_;
+  std::map<CharSet, NodeId> known_;
+};
+
 // Any character of a JSON string, also by any escape that JSON has (surrogates only in pairs).
 NodeId any_json_char(GraphBuilder& builder);
 

@@ -48,7 +48,8 @@ Grammar::~Grammar() = default;
 std::shared_ptr<const Grammar> Grammar::regex(std::string_view pattern, const std::string& where) {
   GraphBuilder b(where);
   const auto expression = grammar::parse_regex(pattern, grammar::RegexMatch::whole, where);
-  return make(b.finish(grammar::regex_node(b, expression, grammar::CharEncoding::utf8)));
+  grammar::CharNodes chars(b, grammar::CharEncoding::utf8);
+  return make(b.finish(grammar::regex_node(chars, expression)));
 }
 
 std::shared_ptr<const Grammar> Grammar::json_schema(const ordered_json& schema, const std::string& where) {

@@ -66,6 +66,13 @@ GraphBuilder::GraphBuilder(std::string where) : where_(std::move(where)) {
   graph_.nodes.push_back({.kind = NodeKind::never});
 }
 
+void GraphBuilder::spend(size_t steps) {
+  spent_ += steps;
+  if (spent_ > kMaxSteps)
+    throw Error(where_, "patterns that compile in a moment", "more work than that",
+                "shorten patterns or their repetitions");
+}
+
 NodeId GraphBuilder::add(const Node& node) {
   if (graph_.nodes.size() >= kMaxNodes)
     throw Error(where_, fmt::format("a grammar of at most {} nodes", kMaxNodes), "a larger one",
@@ -298,6 +305,25 @@ std::vector<int> GraphBuilder::compute_heights() const {
   return height;
 }
 
+// Refined by one set after the other: the members of a class that are in the set part from those that are not.
+void GraphBuilder::find_classes() {
+  for (const ByteSet& set : graph_.sets) {
+    std::array<std::array<int, 2>, 256> part;
+    for (auto& p : part) p = {-1, -1};
+    graph_.n_classes = 0;
+    for (unsigned b = 0; b < 256; b++) {
+      int& to = part[graph_.class_of[b]][has_byte(set, b)];
+      if (to < 0) to = graph_.n_classes++;
+      graph_.class_of[b] = static_cast<uint8_t>(to);
+    }
+  }
+  for (const ByteSet& set : graph_.sets) {
+    ByteSet& classes = graph_.set_classes.emplace_back();
+    for (unsigned b = 0; b < 256; b++)
+      if (has_byte(set, b)) add_bytes(classes, graph_.class_of[b], graph_.class_of[b]);
+  }
+}
+
 Graph GraphBuilder::finish(NodeId root) {
   compute_nullable();
   check_left_recursion();
@@ -322,6 +348,7 @@ Graph GraphBuilder::finish(NodeId root) {
       if (!ends(node.a) && node.min == 0) node = {.kind = NodeKind::empty, .nullable = true};
     }
   }
+  find_classes();
   graph_.root = root;
   return std::move(graph_);
 }

@@ -26,6 +26,7 @@ inline constexpr int32_t kUnbounded = INT32_MAX;
 // Containers of JSON that may be open at once, in a schema and in a text.
 inline constexpr int kMaxLevels = 64;
 inline constexpr size_t kMaxNodes = 100'000;
+inline constexpr size_t kMaxSteps = 5'000'000;  // of GraphBuilder::spend()
 
 enum class NodeKind : uint8_t {
   empty,
@@ -51,6 +52,10 @@ struct Graph {
   std::vector<NodeId> children;
   std::vector<ByteSet> sets;
   NodeId root = kNever;
+  // Bytes that no set tells apart are one class; set_classes: the classes of each set.
+  std::array<uint8_t, 256> class_of{};
+  int n_classes = 1;
+  std::vector<ByteSet> set_classes;
 };
 
 class GraphBuilder {
@@ -72,7 +77,8 @@ class GraphBuilder {
   NodeId import(const Graph& graph);  // its root
 
   const std::string& where() const { return where_; }
-  size_t size() const { return graph_.nodes.size(); }
+  // Accounts for work of compiling that the size of the result does not bound. Error when it is too much.
+  void spend(size_t steps);
   // Removes choices that cannot end, computes nullable and height. Error if nothing can match, if a node needs itself
   // before any byte, or if more than kMaxLevels containers are open at once in every text.
   Graph finish(NodeId root);
@@ -90,8 +96,10 @@ class GraphBuilder {
   void resolve_jumps(NodeId& root);
   void compute_nullable();
   std::vector<int> compute_heights() const;
+  void find_classes();
 
   std::string where_;
+  size_t spent_ = 0;
   Graph graph_;
   std::unordered_map<Key, NodeId, KeyHash> known_;
   std::map<std::vector<NodeId>, NodeId> known_alts_;

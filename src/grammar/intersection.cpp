@@ -10,9 +10,8 @@ namespace mm::grammar {
 
 namespace {
 
-constexpr size_t kMaxNfa = 20'000;       // states of one expression with its repetitions written out
-constexpr size_t kMaxStates = 10'000;    // deterministic states, of one expression and of the product
-constexpr size_t kMaxWork = 20'000'000;  // steps of all subset constructions
+constexpr size_t kMaxNfa = 20'000;     // states of one expression with its repetitions written out
+constexpr size_t kMaxStates = 10'000;  // deterministic states, of one expression and of the product
 
 [[noreturn]] void too_complex(const std::string& where) {
   throw Error(where, fmt::format("a pattern whose automaton has at most {} states", kMaxStates), "a larger one",
@@ -86,12 +85,14 @@ class NfaBuilder {
 };
 
 // The coarsest partition of characters that every set is a union of.
-std::vector<CharSet> partition(const std::vector<const CharSet*>& sets, std::vector<std::vector<int32_t>>& classes_of) {
+std::vector<CharSet> partition(const std::vector<const CharSet*>& sets, std::vector<std::vector<int32_t>>& classes_of,
+                               GraphBuilder& b) {
   std::vector<uint32_t> cuts{0};
   for (const CharSet* set : sets)
     for (const auto& [first, last] : set->ranges()) cuts.push_back(first), cuts.push_back(last + 1);
   std::sort(cuts.begin(), cuts.end());
   cuts.erase(std::unique(cuts.begin(), cuts.end()), cuts.end());
+  b.spend(cuts.size() * (1 + sets.size()));
   std::map<std::vector<bool>, size_t> known;
   std::vector<CharSet> classes;
   for (size_t i = 0; i < cuts.size() && cuts[i] <= kMaxChar; i++) {
@@ -115,7 +116,7 @@ struct Dfa {
 
 // classes_of[first_set + i]: the classes in nfa.sets[i].
 Dfa determinize(const Nfa& nfa, size_t n_classes, const std::vector<std::vector<int32_t>>& classes_of, size_t first_set,
-                size_t& work, const std::string& where) {
+                GraphBuilder& b, const std::string& where) {
   Dfa dfa;
   std::map<std::vector<int32_t>, int32_t> known;
   std::vector<const std::vector<int32_t>*> todo;
@@ -130,7 +131,7 @@ Dfa determinize(const Nfa& nfa, size_t n_classes, const std::vector<std::vector<
       roots.pop_back();
       if (at < 0 || seen[static_cast<size_t>(at)] == round) continue;
       seen[static_cast<size_t>(at)] = round;
-      if (++work > kMaxWork) too_complex(where);
+      b.spend(1);
       const Nfa::State& state = nfa.states[static_cast<size_t>(at)];
       accepts = accepts || at == nfa.end;
       if (state.set >= 0) members.push_back(at);
@@ -155,7 +156,7 @@ Dfa determinize(const Nfa& nfa, size_t n_classes, const std::vector<std::vector<
       const Nfa::State& state = nfa.states[static_cast<size_t>(at)];
       if (state.set < 0) continue;
       for (const int32_t c : classes_of[first_set + static_cast<size_t>(state.set)]) {
-        if (++work > kMaxWork) too_complex(where);
+        b.spend(1);
         targets[static_cast<size_t>(c)].push_back(state.to);
       }
     }
@@ -188,8 +189,9 @@ std::vector<bool> live_states(const std::vector<std::vector<int32_t>>& to, const
 
 }  // namespace
 
-NodeId intersection_node(GraphBuilder& b, const std::vector<Regex>& all, int32_t min, int32_t max,
-                         CharEncoding encoding, const std::string& where) {
+NodeId intersection_node(CharNodes& chars, const std::vector<Regex>& all, int32_t min, int32_t max,
+                         const std::string& where) {
+  GraphBuilder& b = chars.builder();
   std::vector<Nfa> nfas;
   std::vector<const CharSet*> sets;
   for (const Regex& regex : all) nfas.push_back(NfaBuilder(regex, where).take());
@@ -197,11 +199,11 @@ NodeId intersection_node(GraphBuilder& b, const std::vector<Regex>& all, int32_t
     for (const CharSet& set : nfa.sets) sets.push_back(&set);
   if (sets.size() > 500) too_complex(where);
   std::vector<std::vector<int32_t>> classes_of;
-  const std::vector<CharSet> classes = partition(sets, classes_of);
+  const std::vector<CharSet> classes = partition(sets, classes_of, b);
   std::vector<Dfa> dfas;
-  size_t first_set = 0, work = 0;
+  size_t first_set = 0;
   for (const Nfa& nfa : nfas) {
-    dfas.push_back(determinize(nfa, classes.size(), classes_of, first_set, work, where));
+    dfas.push_back(determinize(nfa, classes.size(), classes_of, first_set, b, where));
     first_set += nfa.sets.size();
   }
 
@@ -226,6 +228,7 @@ NodeId intersection_node(GraphBuilder& b, const std::vector<Regex>& all, int32_t
   for (size_t i = 0; i < todo.size(); i++) {
     const std::vector<int32_t>& key = *todo[i];
     if (max != kUnbounded && key.back() >= max) continue;
+    b.spend(classes.size());
     for (size_t c = 0; c < classes.size(); c++) {
       std::vector<int32_t> next = key;
       bool possible = true;
@@ -248,8 +251,7 @@ NodeId intersection_node(GraphBuilder& b, const std::vector<Regex>& all, int32_t
     for (size_t c = 0; c < classes.size(); c++)
       if (to[s][c] >= 0 && live[static_cast<size_t>(to[s][c])]) edges[to[s][c]].add(classes[c]);
     std::vector<NodeId> choices;
-    for (const auto& [target, set] : edges)
-      choices.push_back(b.seq(char_node(b, set, encoding), nodes[static_cast<size_t>(target)]));
+    for (const auto& [target, set] : edges) choices.push_back(b.seq(chars.of(set), nodes[static_cast<size_t>(target)]));
     if (accepts[s]) choices.push_back(kEmpty);
     b.set_jump(nodes[s], b.alt(std::move(choices)));
   }

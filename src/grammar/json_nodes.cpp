@@ -18,17 +18,17 @@ struct NameTree {
 };
 
 // What may follow here, to the closing quote: depth is bounded by the length of names (json_schema.cpp).
-NodeId other_names(JsonNodes& json, const NameTree& tree, NodeId any_rest) {
-  GraphBuilder& b = json.builder();
+NodeId other_names(CharNodes& chars, const NameTree& tree, NodeId any_rest) {
+  GraphBuilder& b = chars.builder();
   std::vector<NodeId> choices;
   if (!tree.is_name) choices.push_back(b.byte('"'));
   CharSet taken;
   for (const auto& [code, child] : tree.next) {
     const CharSet one = CharSet::of({{code, code}});
     taken.add(one);
-    choices.push_back(b.seq(char_node(b, one, CharEncoding::json), other_names(json, *child, any_rest)));
+    choices.push_back(b.seq(chars.of(one), other_names(chars, *child, any_rest)));
   }
-  choices.push_back(b.seq(char_node(b, taken.inverted(), CharEncoding::json), any_rest));
+  choices.push_back(b.seq(chars.of(taken.inverted()), any_rest));
   return b.alt(std::move(choices));
 }
 
@@ -83,13 +83,16 @@ NodeId JsonNodes::other_member(const std::vector<std::string>& names, NodeId val
     NameTree* at = &root;
     for (const uint32_t code : decode_utf8(name, b_.where())) {
       auto& child = at->next[code];
-      if (!child) child = std::make_unique<NameTree>();
+      if (!child) {
+        b_.spend(100);
+        child = std::make_unique<NameTree>();
+      }
       at = child.get();
     }
     at->is_name = true;
   }
   const NodeId any_rest = b_.seq(b_.repeat(any_char(), 0, kUnbounded), b_.byte('"'));
-  const NodeId name = names.empty() ? any_rest : other_names(*this, root, any_rest);
+  const NodeId name = names.empty() ? any_rest : other_names(chars_, root, any_rest);
   return b_.seq({b_.byte('"'), name, colon(), value});
 }
 

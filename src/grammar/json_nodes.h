@@ -14,9 +14,9 @@ namespace mm::grammar {
 
 class JsonNodes {
  public:
-  explicit JsonNodes(GraphBuilder& builder) : b_(builder) {}
+  explicit JsonNodes(GraphBuilder& builder) : b_(builder), chars_(builder, CharEncoding::json) {}
 
-  GraphBuilder& builder() { return b_; }
+  CharNodes& chars() { return chars_; }
   NodeId comma() { return b_.byte(',', space()); }
   NodeId colon() { return b_.byte(':', space()); }
   NodeId string(NodeId content) { return b_.seq({b_.byte('"'), content, b_.byte('"')}); }
@@ -41,6 +41,7 @@ class JsonNodes {
   NodeId space() { return b_.optional(b_.byte(' ')); }
 
   GraphBuilder& b_;
+  CharNodes chars_;
   NodeId any_char_ = kNever, any_value_ = kNever, any_object_ = kNever, any_array_ = kNever;
 };
 

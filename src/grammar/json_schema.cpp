@@ -329,10 +329,9 @@ class SchemaCompiler {
       all.push_back(parse_regex(format_pattern(name), RegexMatch::whole, format_path));
     }
     if (all.empty()) return json_.any_string(min, max);
-    if (all.size() == 1 && min == 0 && max == kUnbounded)
-      return json_.string(regex_node(b_, all[0], CharEncoding::json));
+    if (all.size() == 1 && min == 0 && max == kUnbounded) return json_.string(regex_node(json_.chars(), all[0]));
     const char* last = schema.contains("pattern") ? "pattern" : "format";
-    return json_.string(intersection_node(b_, all, min, max, CharEncoding::json, child_path(path, last)));
+    return json_.string(intersection_node(json_.chars(), all, min, max, child_path(path, last)));
   }
 
   // The tighter of minimum and exclusiveMinimum, or of the maxima.

@@ -321,18 +321,19 @@ Regex parse_regex(std::string_view pattern, RegexMatch match, const std::string&
   return bind_ends(Parser(pattern, where).parse(), whole, whole, where);
 }
 
-NodeId regex_node(GraphBuilder& b, const Regex& r, CharEncoding encoding) {
+NodeId regex_node(CharNodes& chars, const Regex& r) {
+  GraphBuilder& b = chars.builder();
   switch (r.kind) {
-    case Regex::Kind::chars: return char_node(b, r.chars, encoding);
+    case Regex::Kind::chars: return chars.of(r.chars);
     case Regex::Kind::alternate: {
       std::vector<NodeId> choices;
-      for (const Regex& part : r.parts) choices.push_back(regex_node(b, part, encoding));
+      for (const Regex& part : r.parts) choices.push_back(regex_node(chars, part));
       return b.alt(std::move(choices));
     }
-    case Regex::Kind::repeat: return b.repeat(regex_node(b, r.parts[0], encoding), r.min, r.max);
+    case Regex::Kind::repeat: return b.repeat(regex_node(chars, r.parts[0]), r.min, r.max);
     case Regex::Kind::concat: {
       NodeId all = kEmpty;
-      for (size_t i = r.parts.size(); i-- > 0;) all = b.seq(regex_node(b, r.parts[i], encoding), all);
+      for (size_t i = r.parts.size(); i-- > 0;) all = b.seq(regex_node(chars, r.parts[i]), all);
       return all;
     }
     case Regex::Kind::begin:

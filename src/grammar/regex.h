@@ -30,11 +30,11 @@ enum class RegexMatch {
 // The expression of whole texts, without anchors. Error naming `where` and the position of what is not supported.
 Regex parse_regex(std::string_view pattern, RegexMatch match, const std::string& where);
 
-NodeId regex_node(GraphBuilder& builder, const Regex& regex, CharEncoding encoding);
+NodeId regex_node(CharNodes& chars, const Regex& regex);
 
 // Texts of min to max characters that all of the expressions match, as a deterministic automaton. Error naming `where`
 // where it would have too many states.
-NodeId intersection_node(GraphBuilder& builder, const std::vector<Regex>& all, int32_t min, int32_t max,
-                         CharEncoding encoding, const std::string& where);
+NodeId intersection_node(CharNodes& chars, const std::vector<Regex>& all, int32_t min, int32_t max,
+                         const std::string& where);
 
 }  // namespace mm::grammar
