@@ -46,6 +46,8 @@ void add_bench_soak_command(CLI::App& group, Globals& globals) {
   c->add_option("--hostile", s.hostile,
                 "Share of bad JSON, prompts of 1 MB, slow readers, dropped sockets and cancelled streams")
       ->check(CLI::Range(0.0, 1.0));
+  c->add_option("--max-tokens", s.max_tokens, "Of a prompt (in words) and of an answer; the median of both is 64")
+      ->check(CLI::PositiveNumber);
   c->add_option("--warm-seconds", s.warm_seconds,
                 "Before memory must be flat: the KV pool fills (0: a quarter of the run)")
       ->check(CLI::NonNegativeNumber);

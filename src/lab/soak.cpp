@@ -42,7 +42,7 @@ class Traffic {
     plan_.model = "";
     plan_.prompt_tokens = {LengthDistribution::Kind::lognormal, 64, 1.0};
     plan_.output_tokens = {LengthDistribution::Kind::lognormal, 64, 0.6};
-    plan_.max_tokens = 400;
+    plan_.max_tokens = o.max_tokens;
     plan_.seed = o.seed;
     plan_.extra = {{"top_k", 50}};
     huge_ = ordered_json{{"messages", {{{"role", "user"}, {"content", synthetic_prompt(1, 1, 200000, 0)}}}}}.dump();

@@ -17,8 +17,9 @@ struct SoakOptions {
   int64_t clients = 32;
   double overload = 2;       // times the capacity is offered
   double hostile = 0.1;      // share of: bad JSON, prompts of 1 MB, slow readers, dropped sockets, cancelled streams
+  int64_t max_tokens = 400;  // of a prompt (in words) and of an answer; the median of both is 64
   int64_t pid = 0;           // the server's, to watch its memory; 0: not watched
-  double warm_seconds = 0;  // of the run, before its memory must be flat (the KV pool fills); 0: a quarter of it
+  double warm_seconds = 0;   // of the run, before its memory must be flat (the KV pool fills); 0: a quarter of it
   uint64_t seed = 0;
 };
 
