@@ -322,7 +322,11 @@ TEST_F(ServerTest, AReaderThatDoesNotReadIsDropped) {
   Client c(server->url(), 4096);
   c.post(kChatPath, kStream);
   const auto give = sink();
-  for (int i = 0; i < 4000 && s.cancelled.empty(); i++) {
+  const auto cancelled = [&] {
+    const std::lock_guard lock(s.mutex);
+    return !s.cancelled.empty();
+  };
+  for (int i = 0; i < 4000 && !cancelled(); i++) {
     give(piece(std::string(1000, 'x')));
     std::this_thread::sleep_for(std::chrono::microseconds(200));
   }
