@@ -28,7 +28,7 @@ foreach(file ${files})
   file(READ ${file} body)
   # Indentation, empty lines and lines of comment stay here: no script or style of the page has a string of several lines.
   string(REGEX REPLACE "\n[ \n]+" "\n" body "\n${body}")
-  string(REGEX REPLACE "\n//[^\n]*" "" body "${body}")
+  string(REGEX REPLACE "\n(//[^\n]*|/\\*[^\n]*\\*/)" "" body "${body}")
   string(SUBSTRING "${body}" 1 -1 body)
   string(FIND "${body}" ")mmpage\"" end)
   file(SIZE ${file} size)

@@ -6,7 +6,7 @@ import {count, t} from './i18n.js';
 
 const COLOURS = 10;         // --b0 ... --b9 in the style sheet
 const PERIOD_MS = 300;
-const MAX_HEIGHT = 460;     // px the map wants to stay within while cells are not too small
+const MAX_HEIGHT = 520;     // px the map wants to stay within while cells are not too small
 const MAX_ROWS = 400;       // of the block table
 
 const isIndex = (x, n) => Number.isInteger(x) && x >= 0 && x < n;
@@ -160,13 +160,10 @@ export class BlocksPane {
 
   layout() {
     const n = this.shown, width = Math.max(120, this.frame.clientWidth);
-    let cell = 26;
-    while (cell > 5 && Math.ceil(n / Math.floor(width / cell)) * cell > MAX_HEIGHT) cell--;
-    if (n > 60000) cell = 3;
-    let columns = Math.floor(width / cell);
-    if (columns >= 16) columns -= columns % 8;  // a number one can count with
-    cell = Math.max(cell, Math.min(26, Math.floor(width / columns)));
-    return {cell, columns, rows: Math.max(1, Math.ceil(n / columns))};
+    for (let columns = 8; ; columns += 8) {  // numbers one can count with
+      const cell = Math.floor(width / columns), rows = Math.max(1, Math.ceil(n / columns));
+      if (cell <= (n > 60000 ? 3 : 26) && (rows * cell <= MAX_HEIGHT || cell <= 6)) return {cell: Math.max(1, cell), columns, rows};
+    }
   }
 
   drawMap() {
@@ -179,6 +176,7 @@ export class BlocksPane {
       canvas.style.width = width + 'px';
       canvas.style.height = height + 'px';
     }
+    canvas.dataset.columns = columns;
     const ctx = canvas.getContext('2d');
     ctx.setTransform(ratio, 0, 0, ratio, 0, 0);
     ctx.clearRect(0, 0, width, height);

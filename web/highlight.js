@@ -4,15 +4,15 @@ import {h} from './dom.js';
 
 const words = (text) => new Set(text.split(' '));
 const C_WORDS = words('abstract as async await auto bool boolean break case catch char class concept const constexpr ' +
-  'continue co_await co_return default defer delete do double else enum explicit export extends extern false final ' +
-  'finally float fn for from func function go if impl implements import in include inline instanceof int interface ' +
-  'let long loop match mod module mut namespace new nil noexcept null nullptr of operator override package private ' +
-  'protected pub public readonly ref return self short signed size_t sizeof static struct super switch template this ' +
-  'throw throws trait true try type typedef typename typeof undefined union unsigned use using var virtual void ' +
-  'volatile where while yield');
-const HASH_WORDS = words('and as assert async await begin break case class continue def del do done elif else end ' +
-  'ensure except export False finally fi for from function global if import in is lambda local module next nil None ' +
-  'nonlocal not or pass raise require rescue return self set then True try unless until while with yield true false ' +
+  'continue default delete do double else enum export extends extern false final ' +
+  'finally float fn for from func function go if impl implements import in include inline int interface ' +
+  'let long loop match mod module mut namespace new nil null nullptr of operator override package private ' +
+  'protected pub public ref return self short signed size_t sizeof static struct super switch template this ' +
+  'throw throws trait true try type typedef typename typeof union unsigned use using var virtual void ' +
+  'where while yield');
+const HASH_WORDS = words('and as assert async await break case class continue def del do done elif else end ' +
+  'except export False finally fi for from function global if import in is lambda local module next nil None ' +
+  'nonlocal not or pass raise require return self set then True try unless until while with yield true false ' +
   'null echo exit');
 const SQL_WORDS = words('add all alter and as asc between by case create default delete desc distinct drop else end ' +
   'exists foreign from full group having in index inner insert into is join key left like limit not null offset on ' +

@@ -8,7 +8,7 @@ const TEXT = {
   noChats: ['Conversations stay in this browser.', '对话只保存在本浏览器中。'],
   exportAll: ['Export all conversations', '导出全部对话'],
   importFile: ['Import conversations', '导入对话'],
-  imported: ['{n} conversations imported', '已导入 {n} 个对话'],
+  imported: ['Conversations imported: {n}', '已导入 {n} 个对话'],
   importBad: ['This file holds no conversations of this page.', '该文件不是本页面导出的对话。'],
   nothingToExport: ['There is nothing to export yet.', '还没有可导出的对话。'],
   rename: ['Rename', '重命名'],
@@ -35,7 +35,7 @@ const TEXT = {
   placeholder: ['Write a message', '输入消息'],
   hint: ['Small models make mistakes. Check what matters.', '小模型会出错，重要内容请核对。'],
   think: ['Think', '思考'],
-  toolsOn: ['{n} tools', '{n} 个工具'],
+  toolsOn: ['Tools: {n}', '工具：{n}'],
   schemaOn: ['JSON schema', 'JSON 模式'],
   send: ['Send', '发送'],
   stop: ['Stop', '停止'],
@@ -60,6 +60,7 @@ const TEXT = {
   edit: ['Edit and send again', '编辑并重新发送'],
   editMessage: ['Edit the message', '编辑消息'],
   tokens: ['{n} tokens', '{n} 个词元'],
+  token: ['{n} token', '{n} 个词元'],
   rate: ['{n} tok/s', '{n} 词元/秒'],
   ttft: ['first token {n}', '首词元 {n}'],
   prompt: ['prompt {n}', '提示 {n}'],
@@ -111,6 +112,7 @@ const TEXT = {
   max_tokens: ['Max tokens', '最大词元数'],
   seed: ['Seed', '随机种子'],
   setThink: ['Let the model think before it answers', '回答前先思考'],
+  setStructure: ['Tools and structure', '工具与结构'],
   setTools: ['Tools', '工具'],
   setToolsHint: ['A JSON list of functions, as in the OpenAI API', '函数的 JSON 列表，格式同 OpenAI 接口'],
   setToolChoice: ['Tool choice', '工具选择'],
@@ -119,6 +121,8 @@ const TEXT = {
   choiceRequired: ['always call', '必须调用'],
   setSchema: ['JSON schema of the answer', '回答的 JSON 模式'],
   setSchemaHint: ['The answer will be JSON that fits', '回答将是符合该模式的 JSON'],
+  exampleTool: ['Weather of a city', '查询城市天气'],
+  exampleCity: ['Name of the city', '城市名'],
   example: ['Insert an example', '插入示例'],
   setPage: ['Page', '页面'],
   setTheme: ['Theme', '主题'],
@@ -173,10 +177,6 @@ const TEXT = {
   keyHelp: ['This list', '本列表'],
 };
 
-const EXAMPLE_WORDS = {
-  tool: ['Weather of a city', '查询城市天气'], city: ['Name of the city', '城市名'],
-};
-
 let index = 0;
 export const languageName = ['English', '中文'];
 
@@ -187,7 +187,6 @@ export function setLanguage(choice) {
 }
 
 export const language = () => index;
-export const exampleWord = (key) => EXAMPLE_WORDS[key][index];
 
 export function t(key, values) {
   if (!TEXT[key]) throw new Error('no text ' + key);

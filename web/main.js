@@ -115,7 +115,6 @@ function renameField(item) {
     renaming = '';
     if (keep && input.value.trim()) {
       item.title = input.value.trim();
-      item.named = true;
       saveChat(item);
     }
     drawChats();

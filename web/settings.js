@@ -1,7 +1,7 @@
 // The settings panel, and the request fields that follow from it.
 
 import {$, h} from './dom.js';
-import {exampleWord, languageName, t} from './i18n.js';
+import {languageName, t} from './i18n.js';
 import {NUMBERS, resetSettings, saveSettings, settings} from './store.js';
 
 function parse(text) {
@@ -57,8 +57,8 @@ export function requestFields() {
 }
 
 const exampleTools = () => JSON.stringify([{type: 'function', function: {
-  name: 'get_weather', description: exampleWord('tool'),
-  parameters: {type: 'object', properties: {city: {type: 'string', description: exampleWord('city')}}, required: ['city']},
+  name: 'get_weather', description: t('exampleTool'),
+  parameters: {type: 'object', properties: {city: {type: 'string', description: t('exampleCity')}}, required: ['city']},
 }}], null, 2);
 
 const exampleSchema = () => JSON.stringify({
@@ -89,14 +89,6 @@ export function drawSettings(onchange) {
     const {min, max, step} = NUMBERS[name];
     const input = h('input', {id: 'set-' + name, inputmode: step === 1 && min >= 0 ? 'numeric' : 'decimal', value: settings[name],
                               placeholder: t('setDefault'), autocomplete: 'off', title: `${min} … ${max > 9e5 ? '' : max}`});
-    input.addEventListener('keydown', (event) => {  // as a number field would, without its silent loss of bad input
-      const sign = {ArrowUp: 1, ArrowDown: -1}[event.key];
-      if (!sign) return;
-      event.preventDefault();
-      const value = Math.min(max, Math.max(min, (Number(input.value) || 0) + sign * step));
-      input.value = String(Number(value.toFixed(4)));
-      input.dispatchEvent(new Event('input'));
-    });
     const problem = checked(name, input);
     return h('label', {class: 'field'}, h('span', null, t(name)), input, problem);
   };
@@ -128,7 +120,7 @@ export function drawSettings(onchange) {
       h('label', {class: 'check'}, think, h('span', null, t('setThink')))),
     h('section', null, h('h3', null, t('setSampling')), h('p', {class: 'muted'}, t('setEmpty')),
       h('div', {class: 'fields'}, Object.keys(NUMBERS).map(number))),
-    h('section', null, h('h3', null, t('setTools') + ' · JSON'), json('tools', 'setToolsHint', exampleTools),
+    h('section', null, h('h3', null, t('setStructure')), json('tools', 'setToolsHint', exampleTools),
       choice('tool_choice', t('setToolChoice'), [['auto', t('choiceAuto')], ['none', t('choiceNone')], ['required', t('choiceRequired')]]),
       json('schema', 'setSchemaHint', exampleSchema)),
     h('section', null, h('h3', null, t('setPage')), h('div', {class: 'fields'},

@@ -86,7 +86,7 @@ export function setApiKey(key, keep) {
 
 // Conversations -------------------------------------------------------------------------------------------------------
 //
-// {id, title, named, created, updated, messages}; a message:
+// {id, title, updated, messages}; a message:
 //   {role: 'user', content}
 //   {role: 'assistant', content, reasoning, reasoning_ms, tool_calls: [{id, name, arguments}], finish, error, stats}
 //   {role: 'tool', tool_call_id, content}
@@ -119,11 +119,10 @@ function cleanMessage(raw) {
 function cleanChat(raw) {
   if (!raw || typeof raw !== 'object' || !Array.isArray(raw.messages)) return null;
   const messages = raw.messages.slice(0, 10000).map(cleanMessage).filter(Boolean);
-  return {id: /^[\w-]{1,40}$/.test(raw.id) ? raw.id : newId(), title: text(raw.title, 200), named: raw.named === true,
-          created: number(raw.created) || Date.now(), updated: number(raw.updated) || Date.now(), messages};
+  return {id: /^[\w-]{1,40}$/.test(raw.id) ? raw.id : newId(), title: text(raw.title, 200), updated: number(raw.updated) || Date.now(), messages};
 }
 
-export const newChat = () => ({id: newId(), title: '', named: false, created: Date.now(), updated: Date.now(), messages: []});
+export const newChat = () => ({id: newId(), title: '', updated: Date.now(), messages: []});
 
 export function loadChats() {
   const out = [];

@@ -93,7 +93,7 @@ export function assistantView(message, context, act) {
       parts.push(t('liveRate', {n: count(live.rate)}), t('ttft', {n: duration(live.ttft)}));
     } else if (message.stats && !answer) {
       const s = message.stats;
-      if (s.completion) parts.push(t('tokens', {n: count(s.completion)}));
+      if (s.completion) parts.push(t(s.completion === 1 ? 'token' : 'tokens', {n: count(s.completion)}));
       if (s.rate) parts.push(t('rate', {n: count(s.rate)}));
       if (s.ttft) parts.push(t('ttft', {n: duration(s.ttft)}));
       if (s.prompt) parts.push(t(s.cached ? 'promptCached' : 'prompt', {n: count(s.prompt), c: count(s.cached || 0)}));

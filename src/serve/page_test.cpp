@@ -18,7 +18,8 @@ std::string stripped(const std::filesystem::path& path) {
   std::string out;
   for (std::string line; std::getline(in, line);) {
     line.erase(0, std::min(line.size(), line.find_first_not_of(' ')));
-    if (!line.empty() && line.compare(0, 2, "//") != 0) out += line + "\n";
+    const bool comment = line.starts_with("//") || (line.starts_with("/*") && line.ends_with("*/"));
+    if (!line.empty() && !comment) out += line + "\n";
   }
   return out;
 }

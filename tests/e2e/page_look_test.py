@@ -42,7 +42,7 @@ def fill_with_everything(server, page):
 def pixel(page, block):
     """Colour in the middle of a block of the map."""
     return page.evaluate("""(b) => {
-      const c = document.querySelector('.map canvas'), n = 20, w = parseFloat(c.style.width), cell = 26, columns = Math.round(w / cell);
+      const c = document.querySelector('.map canvas'), w = parseFloat(c.style.width), columns = Number(c.dataset.columns), cell = w / columns;
       const k = c.width / w, x = (b % columns + 0.46) * cell * k, y = (Math.floor(b / columns) + 0.46) * cell * k;
       return [...c.getContext('2d').getImageData(x, y, 1, 1).data].slice(0, 3).join();
     }""", block)
@@ -50,8 +50,8 @@ def pixel(page, block):
 
 def colours_in(page, block):
     return page.evaluate("""(b) => {
-      const c = document.querySelector('.map canvas'), w = parseFloat(c.style.width), cell = 26, columns = Math.round(w / cell), k = c.width / w;
-      const d = c.getContext('2d').getImageData((b % columns) * cell * k + 4, Math.floor(b / columns) * cell * k + 4, 16 * k, 16 * k).data;
+      const c = document.querySelector('.map canvas'), w = parseFloat(c.style.width), columns = Number(c.dataset.columns), cell = w / columns, k = c.width / w;
+      const d = c.getContext('2d').getImageData((b % columns) * cell * k + 4, Math.floor(b / columns) * cell * k + 4, 12 * k, 12 * k).data;
       const seen = new Set();
       for (let i = 0; i < d.length; i += 4) seen.add(d.slice(i, i + 4).join());
       return seen.size;
@@ -78,10 +78,11 @@ def test_blocks_by_sequence(server, open_page):
     page.get_by_role("button", name="Request 7").click()
     assert [t.split("\t") for t in texts(page, "#pane-blocks tbody tr")] == [
         *([str(i), str(i), "16 / 16", " Request 8, choice 0, Request 8, choice 1"] for i in range(3)), ["3", "5", "4 / 16", "–"]]
-    box = page.locator(".map canvas").bounding_box()
-    page.mouse.move(box["x"] + 5.5 * 26 - 4, box["y"] + 10)
+    box, columns = page.locator(".map canvas").bounding_box(), int(page.get_attribute(".map canvas", "data-columns"))
+    cell = box["width"] / columns
+    page.mouse.move(box["x"] + 5.4 * cell, box["y"] + 10)
     expect(page.locator(".tip")).to_have_text("Block 5: Request 7, tokens 48 to 51")
-    page.mouse.click(box["x"] + 9.4 * 26, box["y"] + 10)
+    page.mouse.click(box["x"] + 9.4 * cell, box["y"] + 10)
     expect(page.get_by_role("button", name="Request 8, choice 0")).to_have_attribute("aria-pressed", "true")
     server.blocks = {**BLOCKS, "owners": BLOCKS["owners"][:1]}  # live: it follows the server
     expect(page.locator(".sequences li")).to_have_count(1)

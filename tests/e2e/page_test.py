@@ -356,16 +356,15 @@ PATHOLOGICAL = {
 }
 
 
-@pytest.mark.parametrize("name", PATHOLOGICAL)
-def test_no_text_makes_markdown_slow(server, open_page, name):
+def test_no_text_makes_markdown_slow(server, open_page):
     page = open_page()
-    ms = page.evaluate("""async (text) => {
+    ms = {name: page.evaluate("""async (text) => {
       const {showMarkdown} = await import('/markdown.js');
       const start = performance.now();
       showMarkdown(document.createElement('div'), text);
-      return performance.now() - start;
-    }""", PATHOLOGICAL[name])
-    assert ms < 1500, f"{ms:.0f} ms"
+      return Math.round(performance.now() - start);
+    }""", text) for name, text in PATHOLOGICAL.items()}
+    assert all(value < 1500 for value in ms.values()), ms
 
 
 # Thinking and tools --------------------------------------------------------------------------------------------------
@@ -402,7 +401,7 @@ def test_tool_calls(server, open_page):
     page.fill("#set-tools", json.dumps(TOOLS))
     page.select_option("#set-tool_choice", "required")
     page.click("#panel-close")
-    expect(page.locator("#tools-chip")).to_have_text("2 tools")
+    expect(page.locator("#tools-chip")).to_have_text("Tools: 2")
     ask(page, "weather?")
     assert server.requests[0]["tools"] == TOOLS and server.requests[0]["tool_choice"] == "required"
     cards = page.locator(".tool")
@@ -615,7 +614,7 @@ def test_export_and_import(server, open_page, tmp_path):
     other = open_page()
     for _ in range(2):  # the second time under new ids
         other.set_input_files("#import-file", file)
-        expect(other.locator("#toast")).to_have_text("1 conversations imported")
+        expect(other.locator("#toast")).to_have_text("Conversations imported: 1")
     assert texts(other, "#chats .open") == ["export me 中文"] * 2
     other.reload()
     expect(other.locator("#chats .open")).to_have_count(2)
@@ -641,7 +640,7 @@ def test_a_hostile_import_is_cleaned(server, open_page, tmp_path):
         {"id": "../../x", "title": "<script>pwned=1</script>", "messages": messages}, {"messages": []}, 5, {"id": 1}]}))
     page = open_page()
     page.set_input_files("#import-file", file)
-    expect(page.locator("#toast")).to_have_text("1 conversations imported")
+    expect(page.locator("#toast")).to_have_text("Conversations imported: 1")
     page.locator("#chats .open").click()
     assert texts(page, "#chats .open") == ["<script>pwned=1</script>"]
     expect(answer(page).locator(".md").last).to_have_text("<img src=x onerror=pwned=1>")
