@@ -13,9 +13,11 @@ import struct
 import subprocess
 import threading
 import time
+from typing import Literal, Optional
 
 import httpx
 import openai
+import pydantic
 import pytest
 from support import BINARY, SHARED, minimind
 
@@ -344,6 +346,32 @@ def test_tools_left_to_the_model(client):
                 response_format={"type": "json_schema", "json_schema": {"name": "trip", "schema": SCHEMA}})
     message = both.choices[0].message
     check_schema(json.loads(message.content)) if message.content else json.loads(message.tool_calls[0].function.arguments)
+
+
+def test_the_librarys_own_helpers(client):
+    class Step(pydantic.BaseModel):
+        kind: Literal["a", "b"]
+        n: int = pydantic.Field(ge=0, le=99)
+
+    class Trip(pydantic.BaseModel):
+        city: Literal["Paris", "Rome"]
+        note: Optional[Literal["x"]]
+        steps: list[Step] = pydantic.Field(max_length=2)
+
+    args = {"messages": HI, "model": "tiny", "max_tokens": 300, "temperature": 1}
+    tool = {"tools": [openai.pydantic_function_tool(Trip)], "tool_choice": "required"}
+    for seed in range(3):
+        answer = client.chat.completions.parse(**args, seed=seed, response_format=Trip)
+        assert isinstance(answer.choices[0].message.parsed, Trip)
+        with client.chat.completions.stream(**args, seed=seed, response_format=Trip) as stream:
+            assert [e.type for e in stream][-1] == "content.done"
+            assert stream.get_final_completion().choices[0].message.parsed == answer.choices[0].message.parsed
+        called = client.chat.completions.parse(**args, seed=seed, **tool).choices[0].message.tool_calls[0].function
+        assert isinstance(called.parsed_arguments, Trip)
+        with client.chat.completions.stream(**args, seed=seed, **tool) as stream:
+            assert "tool_calls.function.arguments.delta" in [e.type for e in stream]
+            got = stream.get_final_completion().choices[0].message.tool_calls[0].function
+            assert got.parsed_arguments == called.parsed_arguments
 
 
 # --- the other endpoints -----------------------------------------------------------------------------------------------
