@@ -58,7 +58,8 @@ void put_q8(int8_t* row, const float* x, int64_t begin, int64_t n, int64_t kp) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(row + begin + i), _mm512_cvtsepi32_epi8(q_lo));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(row + begin + i + 16), _mm512_cvtsepi32_epi8(q_hi));
     *scales = s;
-    *corrections = -128 * _mm512_reduce_add_epi32(_mm512_add_epi32(q_lo, q_hi));
+    const auto sum = static_cast<uint32_t>(_mm512_reduce_add_epi32(_mm512_add_epi32(q_lo, q_hi)));
+    *corrections = static_cast<int32_t>(-128u * sum);  // wraps where a value was not a number; the scale is NaN then
   }
 }
 
