@@ -157,6 +157,7 @@ class SchemaCompiler {
 
   NodeId build(const ordered_json& schema, const std::string& path) {
     check_keywords(schema, path);
+    b_.spend(10);
     if (const auto* ref = find(schema, "$ref"); ref != nullptr) {
       ordered_json beside = schema;
       beside.erase("$ref");
@@ -314,9 +315,11 @@ class SchemaCompiler {
     const int32_t min = count_of(schema, "minLength", 0, path), max = count_of(schema, "maxLength", kUnbounded, path);
     if (min > max) return kNever;
     std::vector<Regex> all;
+    size_t patterns = 0;  // their length
     if (const auto* pattern = find(schema, "pattern"); pattern != nullptr) {
       const std::string pattern_path = child_path(path, "pattern");
       if (!pattern->is_string()) throw Error(pattern_path, "a string", json_type_name(*pattern));
+      patterns += pattern->get_ref<const std::string&>().size();
       all.push_back(parse_regex(pattern->get_ref<const std::string&>(), RegexMatch::search, pattern_path));
     }
     if (const auto* format = find(schema, "format"); format != nullptr) {
@@ -326,9 +329,11 @@ class SchemaCompiler {
       if (format_pattern(name).empty())
         throw Error(format_path, std::string(kFormats), child_path("", name).substr(1),
                     "remove it, or write a pattern");
+      patterns += format_pattern(name).size();
       all.push_back(parse_regex(format_pattern(name), RegexMatch::whole, format_path));
     }
     if (all.empty()) return json_.any_string(min, max);
+    b_.spend(2 * patterns);
     if (all.size() == 1 && min == 0 && max == kUnbounded) return json_.string(regex_node(json_.chars(), all[0]));
     const char* last = schema.contains("pattern") ? "pattern" : "format";
     return json_.string(intersection_node(json_.chars(), all, min, max, child_path(path, last)));

@@ -23,6 +23,8 @@ NodeId digits(GraphBuilder& b, int32_t min, int32_t max) { return b.repeat(b.byt
 NodeId digits_between(GraphBuilder& b, std::string_view low, std::string_view high, bool tight_low, bool tight_high) {
   if (low.empty()) return kEmpty;
   const auto length = static_cast<int32_t>(low.size());
+  tight_low = tight_low && low.find_first_not_of('0') != low.npos;
+  tight_high = tight_high && high.find_first_not_of('9') != high.npos;
   if (!tight_low && !tight_high) return digits(b, length, length);
   const int from = tight_low ? low[0] - '0' : 0, to = tight_high ? high[0] - '0' : 9;
   const auto rest = [&](bool keep_low, bool keep_high) {
@@ -41,11 +43,19 @@ NodeId digits_between(GraphBuilder& b, std::string_view low, std::string_view hi
 
 NodeId natural_node(GraphBuilder& b, int64_t low, int64_t high) {  // 0 <= low
   std::vector<NodeId> choices;
-  int64_t first = 0, end = 10;  // of this many digits
-  for (int n = 1; n <= kMaxIntegerDigits; n++, first = end, end *= n < kMaxIntegerDigits ? 10 : 1) {
+  int whole_from = 0, whole_to = 0;  // lengths of which all numbers are in
+  int64_t first = 0, end = 10;       // of this many digits
+  for (int n = 1; n <= kMaxIntegerDigits; n++, first = end, end *= 10) {
     const int64_t from = std::max(first, low), to = std::min(end - 1, high);
-    if (from <= to) choices.push_back(digits_between(b, std::to_string(from), std::to_string(to), true, true));
+    if (from > to) continue;
+    if (n == 1 || from > first || to < end - 1) {
+      choices.push_back(digits_between(b, std::to_string(from), std::to_string(to), true, true));
+    } else {
+      whole_from = whole_from == 0 ? n : whole_from;
+      whole_to = n;
+    }
   }
+  if (whole_from > 0) choices.push_back(b.seq(b.byte(digit_set(1, 9)), digits(b, whole_from - 1, whole_to - 1)));
   return b.alt(std::move(choices));
 }
 
@@ -126,6 +136,7 @@ NodeId size_node(GraphBuilder& b, const Bound& low, const Bound* high, int max_d
 }  // namespace
 
 NodeId integer_node(GraphBuilder& b, int64_t low, int64_t high) {
+  b.spend(200);
   low = std::max(low, -kLargestInteger);
   high = std::min(high, kLargestInteger);
   std::vector<NodeId> choices;
@@ -173,6 +184,7 @@ NodeId any_number_node(GraphBuilder& b) {
 }
 
 NodeId number_node(GraphBuilder& b, const std::optional<Bound>& low, const std::optional<Bound>& high) {
+  b.spend(1000);
   // So few digits after the point that two numbers that differ are different doubles too: "< 1" stays true when read.
   size_t whole_digits = 1;
   bool exclusive = false;
