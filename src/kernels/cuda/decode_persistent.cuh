@@ -53,22 +53,22 @@ struct State {  // on the device; block 0 changes it at the end of a step
 };
 
 struct StageShape {
-  int units = 0;  // of a tile
+  int units = 0, tiles_per_pass = 0;  // units of a tile
   int k = 0;
 };
 enum StageKind { stage_qkv = 0, stage_o = 1, stage_gate_up = 2, stage_down = 3, stage_head = 4 };
 
 // Byte offsets in a block's shared memory.
 struct SharedPlan {
-  int full, segments, residual, input, part, sums, q, knew, heads, kv_ring, rope, bytes;
+  int full, segments, residual, input, part, sums, q, own, ml, scores, rows, rope, kv_ring, bytes;
   int input_stride;  // bytes between tokens of `input`
   int n_slots, held;
 };
 
 struct Params {
   int d_model, d_ff, n_layer, n_vocab, n_head, n_kv_head, d_head;
-  float eps, scale2;  // attention scale * log2 e
-  int n_tok, max_rows, max_split;
+  float eps, scale2, inv_d;  // attention scale * log2 e, 1 / d_model
+  int n_tok, max_rows, max_split, qkv_width;
   StageShape shape[5];
   const unsigned char* stream;
   const uint32_t* block_begin;  // [grid + 1] units
@@ -83,6 +83,7 @@ struct Params {
   void *k, *v;
   float *k_scale, *v_scale;
   int64_t kv_layer_stride;
+  int sum_stride;  // of `sums`, a multiple of 4
   Exchange ex;
   State* state;
   SharedPlan smem;
@@ -104,6 +105,19 @@ struct Params {
 #endif
 };
 
+// What a kernel is compiled for: kTok 1 or up to 4 or 8 tokens; a model's shape, or 0 for any.
+template <WeightFormat kFormat, int kTok, int kD = 0, int kFf = 0, int kDHead = 0, int kGroup = 0>
+struct Traits {
+  static constexpr WeightFormat format = kFormat;
+  static constexpr int tok = kTok, unit = unit_bytes(kFormat), d_head = kDHead, group = kGroup;
+  static constexpr bool wide = kTok > 4, fixed = kD > 0;
+  // Units a warp has of a tile of width d_model or d_ff; 0: known at run time.
+  static constexpr int per_d = units_per_warp(kD / unit_k(kFormat)), per_ff = units_per_warp(kFf / unit_k(kFormat));
+  static __device__ __forceinline__ int n_tok(const Params& p) { return kTok == 1 ? 1 : p.n_tok; }
+  static __device__ __forceinline__ int d_model(const Params& p) { return fixed ? kD : p.d_model; }
+  static __device__ __forceinline__ int d_ff(const Params& p) { return fixed ? kFf : p.d_ff; }
+};
+
 #ifdef MM_PERSISTENT_PROBE
 __device__ __forceinline__ bool probing(const Params& p, int bit) { return (p.probe & bit) != 0; }
 #else
@@ -111,15 +125,14 @@ __device__ __forceinline__ bool probing(const Params&, int) { return false; }
 #endif
 
 // A wait that lasts longer than any step is a bug: stop instead of hanging the GPU.
-#ifdef MM_PERSISTENT_PROBE
+#ifdef MM_PERSISTENT_GUARD
 struct SpinGuard {
   unsigned n = 0;
   int what;
   __device__ __forceinline__ explicit SpinGuard(int w) : what(w) {}
   __device__ __forceinline__ void spin() {
     if (++n == (1u << 22)) {
-      printf("persistent decode: stuck at %d, block %d thread %d\n", what, static_cast<int>(blockIdx.x),
-             static_cast<int>(threadIdx.x));
+      if (threadIdx.x % 32 == 0) printf("persistent decode: stuck at %d, block %d\n", what, static_cast<int>(blockIdx.x));
       __trap();
     }
   }

@@ -1,151 +1,104 @@
-// The attention of the persistent decode step. A block takes one (token, key head, share of the keys). 8 lanes (4 at
-// d_head 32) hold one key's row; old keys and values come through a ring in shared memory of which each thread reads
-// only what it copied itself, and the first rounds of it are under way long before the queries exist. The own token's
-// key and value are normed, rotated and rounded here and stored by the block whose share ends with it.
+// The attention of the persistent decode step. A block takes one (token, key head, share of the keys), 64 keys a round;
+// heads of a key head are the 8 columns of mma.sync m16n8k16. Rounds of keys and values pass through two buffers in
+// shared memory; the first two of the next layer are copied while the block works on other stages.
+//
+//   prepare  one warp a head: norm, rotation; queries as bf16, the own key and value as the cache holds them
+//   scores   warp w < 4: 16 keys x heads; exp2(score - the 16 keys' maximum) as bf16, maxima and sums to shared memory
+//   values   warp x < d_head / 16: 16 columns x heads, summed over the four warps' keys with their factors
+//
+// The own key and value are stored by the block whose share ends with them.
 #pragma once
 
 #include "kernels/cuda/decode_persistent.cuh"
 
 namespace mm::cuda::persistent {
 
-constexpr int kv_rounds = 2;  // of keys in flight
+constexpr int keys_per_round = 64;
 
-template <class T, int D>
-struct KeySpread {
-  static constexpr int lanes = D >= 64 ? 8 : 4, elements = D / lanes, groups = n_thread / lanes;
-  static constexpr int per_16 = 16 / static_cast<int>(sizeof(T));
-  static constexpr int V = elements % per_16 == 0 ? per_16 : elements % (per_16 / 2) == 0 ? per_16 / 2 : per_16 / 4;
-  static constexpr int per_lane = elements / V, chunk = V * static_cast<int>(sizeof(T));
-  static constexpr int scale_bytes = sizeof(T) == 1 ? 4 * n_thread : 0;
-  static constexpr int round_bytes = 2 * per_lane * chunk * n_thread + scale_bytes;
-};
+__host__ __device__ constexpr int kv_pitch(int d, int size) { return d * size + 16; }
+__host__ __device__ constexpr int kv_round_bytes(int d, int size) {
+  return 2 * keys_per_round * (kv_pitch(d, size) + (size == 1 ? 4 : 0));
+}
+constexpr int score_pitch = 2 * keys_per_round + 16;
 
 // What a block does in every layer's attention.
 struct Share {
   int row = -1, kv = 0, split = 0, n_split = 1, n_key = 0, begin = 0, end = 0;
   __device__ __forceinline__ bool any() const { return row >= 0; }
-  __device__ __forceinline__ int rounds(int groups) const { return (end - begin + groups - 1) / groups; }
+  __device__ __forceinline__ int rounds() const { return (end - begin + keys_per_round - 1) / keys_per_round; }
 };
 
-__device__ __forceinline__ int splits_of(const Params& p, int n_key) { return max(1, min((n_key + 63) / 64, p.max_split)); }
-
-__device__ __forceinline__ int64_t key_row(const Params& p, int row, int key) {
-  return p.table[row * p.table_ld + (key >> p.block_shift)] + (key & ((1 << p.block_shift) - 1));
+__device__ __forceinline__ int splits_of(const Params& p, int n_key) {
+  return max(1, min((n_key + keys_per_round - 1) / keys_per_round, p.max_split));
 }
 
-template <class T, int D>
-__device__ __forceinline__ uint32_t ring_slot(int stage, int which, int c) {
-  using S = KeySpread<T, D>;
-  return static_cast<uint32_t>(stage * S::round_bytes + ((which * S::per_lane + c) * n_thread + static_cast<int>(threadIdx.x)) * S::chunk);
-}
-
-template <int bytes>
-__device__ __forceinline__ void copy_chunk(uint32_t to, const void* from, bool valid) {
-  if constexpr (bytes == 16) cp_async16(to, from, valid);
-  else if constexpr (bytes == 8) cp_async8(to, from, valid);
-  else cp_async4(to, from, valid);
-}
-
-// Starts the copy of a round's keys and values of a layer. `at`: the key's row in the cache (unused where not valid).
-template <class T, int D>
-__device__ __forceinline__ void copy_round(const Params& p, uint32_t ring, const Share& share, int layer, int round,
-                                           int64_t at) {
-  using S = KeySpread<T, D>;
-  const int tid = static_cast<int>(threadIdx.x), member = tid % S::lanes;
-  const int key = share.begin + round * S::groups + tid / S::lanes;
-  const bool valid = key < share.end && key < share.n_key - 1;
-  const int64_t offset = valid ? layer * p.kv_layer_stride + (at * p.n_kv_head + share.kv) * D : 0;
-  const T *k = static_cast<const T*>(p.k) + offset, *v = static_cast<const T*>(p.v) + offset;
-  const int stage = round % kv_rounds;
-#pragma unroll
-  for (int c = 0; c < S::per_lane; c++) {
-    copy_chunk<S::chunk>(ring + ring_slot<T, D>(stage, 0, c), k + (c * S::lanes + member) * S::V, valid);
-    copy_chunk<S::chunk>(ring + ring_slot<T, D>(stage, 1, c), v + (c * S::lanes + member) * S::V, valid);
-  }
-  if constexpr (sizeof(T) == 1) {
-    if (member < 2) {
-      const float* scale = member == 0 ? p.k_scale : p.v_scale;
-      const int64_t s = valid ? layer * (p.kv_layer_stride / D) + at * p.n_kv_head + share.kv : 0;
-      cp_async4(ring + static_cast<uint32_t>((stage + 1) * S::round_bytes - S::scale_bytes + 4 * tid), scale + s, valid);
-    }
-  }
-}
-
-// The first rounds of a layer; rows[] are the cache rows of this thread's keys in them.
-template <class T, int D>
-__device__ __noinline__ void prefetch_keys(const Params& p, uint32_t ring, const Share& share, int layer, int64_t row0,
-                                           int64_t row1) {
-  using S = KeySpread<T, D>;
-  const int n = probing(p, 4) ? 0 : share.rounds(S::groups);
-  if (n > 0) copy_round<T, D>(p, ring, share, layer, 0, row0);
-  cp_async_commit();
-  if (n > 1) copy_round<T, D>(p, ring, share, layer, 1, row1);
-  cp_async_commit();
-}
-
-template <class T, int D>
-__device__ __forceinline__ int64_t first_row(const Params& p, const Share& share, int round) {
-  using S = KeySpread<T, D>;
-  const int key = share.begin + round * S::groups + static_cast<int>(threadIdx.x) / S::lanes;
-  return key < share.end && key < share.n_key - 1 ? key_row(p, share.row, key) : 0;
+__device__ __forceinline__ int key_row(const Params& p, const Share& share, int key) {
+  return p.table[share.row * p.table_ld + (key >> p.block_shift)] + (key & ((1 << p.block_shift) - 1));
 }
 
 __device__ __forceinline__ float reference(float m) { return m == minus_infinity() ? 0.0f : m; }
 
-template <class T, int V>
-__device__ __forceinline__ void load_chunk(float (&x)[V], const unsigned char* p) {
-  if constexpr (sizeof(T) == 2) {
-    load<bf16, V>(x, reinterpret_cast<const bf16*>(p));
-  } else {
-    uint32_t w[V / 4];
-    if constexpr (V == 16) {
-      const uint4 u = *reinterpret_cast<const uint4*>(p);
-      w[0] = u.x, w[1] = u.y, w[2] = u.z, w[3] = u.w;
-    } else if constexpr (V == 8) {
-      const uint2 u = *reinterpret_cast<const uint2*>(p);
-      w[0] = u.x, w[1] = u.y;
-    } else {
-      w[0] = *reinterpret_cast<const uint32_t*>(p);
+// A round's buffer: keys, values [64][pitch], then (int8) scales of keys, of values [64].
+template <class T, int D>
+struct Round {
+  static constexpr int size = static_cast<int>(sizeof(T)), pitch = kv_pitch(D, size), bytes = kv_round_bytes(D, size);
+  static constexpr int values = keys_per_round * pitch, scales = 2 * keys_per_round * pitch;
+};
+
+// Starts the copies of a round's old keys and values. rows: cache rows of the first two rounds' keys in shared memory.
+template <class T, int D>
+__device__ __forceinline__ void copy_round(const Params& p, unsigned char* smem, const Share& share, int layer, int round) {
+  using R = Round<T, D>;
+  constexpr int per_key = D * R::size / 16, n = 2 * keys_per_round * per_key;
+  const int* rows = reinterpret_cast<const int*>(smem + p.smem.rows);
+  const int first = share.begin + round * keys_per_round, count = min(share.end, share.n_key - 1) - first;
+  const uint32_t to = shared_address(smem + p.smem.kv_ring) + static_cast<uint32_t>(round % 2 * R::bytes);
+  const int64_t base = layer * p.kv_layer_stride + share.kv * D;
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x); i < n; i += n_thread) {
+    const int which = i / (n / 2), key = i % (n / 2) / per_key, chunk = i % per_key;
+    if (key >= count) continue;
+    const int64_t row = round < 2 ? rows[round * keys_per_round + key] : key_row(p, share, first + key);
+    const T* from = static_cast<const T*>(which == 0 ? p.k : p.v) + base + row * (p.n_kv_head * D) + chunk * (16 / R::size);
+    cp_async16(to + static_cast<uint32_t>(which * R::values + key * R::pitch + chunk * 16), from);
+  }
+  if constexpr (R::size == 1) {
+    const int tid = static_cast<int>(threadIdx.x), which = tid / keys_per_round, key = tid % keys_per_round;
+    if (which < 2 && key < count) {
+      const int64_t row = round < 2 ? rows[round * keys_per_round + key] : key_row(p, share, first + key);
+      cp_async4(to + static_cast<uint32_t>(R::scales + 4 * tid),
+                (which == 0 ? p.k_scale : p.v_scale) + layer * (p.kv_layer_stride / D) + row * p.n_kv_head + share.kv, true);
     }
-#pragma unroll
-    for (int i = 0; i < V; i++) x[i] = static_cast<float>(static_cast<int8_t>(w[i / 4] >> (8 * (i % 4)) & 0xff));
   }
 }
 
-// Merges the warps' parts (maximum, sum, outputs of n_heads heads: ml [n_warp][n_heads][2], out [n_warp][n_heads][D])
-// and publishes: the whole result as bf16 pairs (merged: words of the row), or a part (part: out [n_heads][D], then
-// {m, l} [n_heads]).
+// The first rounds of a layer.
+template <class T, int D>
+__device__ __forceinline__ void start_keys(const Params& p, unsigned char* smem, const Share& share, int layer) {
+  const int n = probing(p, 4) ? 0 : share.rounds();
+#pragma unroll 1
+  for (int round = 0; round < 2; round++) {
+    if (round < n) copy_round<T, D>(p, smem, share, layer, round);
+    cp_async_commit();
+  }
+}
+
+// What does not change from layer to layer: cache rows, rotation, zeros where there are no heads.
 template <int D>
-__device__ __forceinline__ void finish_heads(const float* ml, const float* out, int n_heads, int first_head,
-                                             uint32_t* merged, uint32_t* part) {
-  for (int i = static_cast<int>(threadIdx.x); i < n_heads * D / 2; i += n_thread) {
-    const int h = i / (D / 2), c = i % (D / 2) * 2;
-    float top = minus_infinity(), sum = 0.0f, x = 0.0f, y = 0.0f;
-#pragma unroll
-    for (int w = 0; w < n_warp; w++) top = fmaxf(top, ml[(w * n_heads + h) * 2]);
-#pragma unroll
-    for (int w = 0; w < n_warp; w++) {
-      const float f = exp2_fast(ml[(w * n_heads + h) * 2] - reference(top));
-      const float2 o = *reinterpret_cast<const float2*>(out + (w * n_heads + h) * D + c);
-      sum += f * ml[(w * n_heads + h) * 2 + 1];
-      x += f * o.x, y += f * o.y;
-    }
-    if (part != nullptr) {
-      publish(part + h * D + c, x);
-      publish(part + h * D + c + 1, y);
-      if (c == 0) {
-        publish(part + n_heads * D + 2 * h, top);
-        publish(part + n_heads * D + 2 * h + 1, sum);
-      }
-    } else {
-      const float inv = sum > 0.0f || sum != sum ? 1.0f / sum : 0.0f;  // no keys: zero
-      publish(merged + ((first_head + h) * D + c) / 2, pack2<bf16>(x * inv, y * inv));
-    }
+__device__ __forceinline__ void prepare_share(const Params& p, unsigned char* smem, const Share& share) {
+  const int tid = static_cast<int>(threadIdx.x);
+  if (tid < 2 * keys_per_round) {
+    const int key = share.begin + tid;
+    if (key < share.end && key < share.n_key - 1) reinterpret_cast<int*>(smem + p.smem.rows)[tid] = key_row(p, share, key);
   }
+  float* turn = reinterpret_cast<float*>(smem + p.smem.rope);
+  const int64_t from = static_cast<int64_t>(p.positions[share.row]) * (D / 2);
+  if (tid < D / 2) turn[tid] = p.cos[from + tid], turn[D / 2 + tid] = p.sin[from + tid];
+  for (int i = tid; i < 2 * (2 * D + 16); i += n_thread) reinterpret_cast<uint32_t*>(smem + p.smem.q)[i] = 0;
 }
 
-// One warp: a head's raw values from the exchange, normed (weight not null) and rotated (turn). Lane l gets elements
-// l + 32 i (a[i]) and those D / 2 on (b[i]).
+// One warp: a head's raw values from the exchange, normed (weight not null) and rotated (turn not null). Lane l gets
+// elements l + 32 i (a[i]) and those D / 2 on (b[i]).
 template <int D>
 struct HeadValues {
   static constexpr int n = (D / 2 + 31) / 32;
@@ -169,7 +122,7 @@ struct HeadValues {
       if (lane + 32 * i < D / 2) ss += a[i] * a[i] + b[i] * b[i];
     }
     if (weight != nullptr) {
-      const float rstd = rsqrtf(warp_sum(ss) / D + p.eps);
+      const float rstd = rsqrtf(warp_sum(ss) * (1.0f / D) + p.eps);
 #pragma unroll
       for (int i = 0; i < n; i++) a[i] *= rstd * wa[i], b[i] *= rstd * wb[i];
     }
@@ -208,181 +161,221 @@ struct HeadValues {
   }
 };
 
+// Two bytes (0 and 2, or 1 and 3, of x) as a bf16 pair: 0x43xx is 128 + the low 7 bits or, with the sign bit, 256 + them.
+template <int selector>
+__device__ __forceinline__ uint32_t widen_pair(uint32_t x) {
+  const uint32_t two = __byte_perm(x, 0x43434343u, selector), value = two & 0xff7fff7fu, offset = two & 0xff80ff80u;
+  const __nv_bfloat162 d = __hsub2(*reinterpret_cast<const __nv_bfloat162*>(&value),
+                                   *reinterpret_cast<const __nv_bfloat162*>(&offset));
+  return *reinterpret_cast<const uint32_t*>(&d);
+}
+
 // layer_words: this layer's words of the exchange.
 template <class T, int D, int G>
-__device__ __noinline__ void attend(const Params& p, unsigned char* smem, const Share& share, int layer,
-                                    uint32_t* layer_words) {
-  using S = KeySpread<T, D>;
-  constexpr int E = S::elements, V = S::V;
-  const int tid = static_cast<int>(threadIdx.x), warp = tid / 32, lane = tid % 32, member = tid % S::lanes;
-  float* q = reinterpret_cast<float*>(smem + p.smem.q);                    // [G][D]
-  unsigned char* own = smem + p.smem.knew;                                 // key, then value, as T
-  float* own_scale = reinterpret_cast<float*>(smem + p.smem.knew + 4 * D);  // of key, value
-  const float* turn = reinterpret_cast<const float*>(smem + p.smem.rope);  // cos [D / 2], sin
-  float* ml = reinterpret_cast<float*>(smem + p.smem.part);                // [n_warp][G][2]
-  float* part_out = ml + n_warp * G * 2;                                   // [n_warp][G][D]
-  const uint32_t ring = shared_address(smem + p.smem.kv_ring);
+__device__ __forceinline__ void attend(const Params& p, unsigned char* smem, const Share& share, int layer,
+                                       uint32_t* layer_words) {
+  using R = Round<T, D>;
+  constexpr int q_pitch = 2 * D + 16;
+  const int tid = static_cast<int>(threadIdx.x), warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
+  unsigned char* const ring = smem + p.smem.kv_ring;
+  float* ml = reinterpret_cast<float*>(smem + p.smem.ml);  // [4 warps][8 heads]{maximum, sum}
+  const int last = share.n_key - 1, own_at = last - share.begin;
+  const bool owner = last >= share.begin && last < share.end;
+  const int n_round = probing(p, 4) ? 0 : share.rounds();
 
   if (warp < G + 2) {
     const int width = (p.n_head + 2 * p.n_kv_head) * D;
-    const int column = (warp < G ? share.kv * G + warp : warp == G ? p.n_head + share.kv : p.n_head + p.n_kv_head + share.kv) * D;
+    const int head = warp < G ? share.kv * G + warp : p.n_head + share.kv + (warp - G) * p.n_kv_head;
     const float* norms = p.norms + static_cast<int64_t>(layer) * p.norm_stride + p.norm_q;
     const float* weight = p.norm_q < 0 || warp == G + 1 ? nullptr : norms + (warp < G ? 0 : D);
     HeadValues<D> x;
-    x.read(p, layer_words + p.ex.qkv + static_cast<int64_t>(share.row) * width + column, weight,
-           warp <= G ? turn : nullptr);
-    if (warp < G) x.each([&](int e, float v) { q[warp * D + e] = v * p.scale2; });
-    else x.template keep<T>(reinterpret_cast<T*>(own) + (warp - G) * D, own_scale + (warp - G));
-  }
-  __syncthreads();
-  // The own key and value into the cache.
-  const int last = share.n_key - 1;
-  if (share.begin <= last && last < share.end) {
-    const int64_t slot = p.slots[share.row];
-    constexpr int words = D * static_cast<int>(sizeof(T)) / 4;
-    if (slot >= 0) {
-      const int64_t at = layer * p.kv_layer_stride + (slot * p.n_kv_head + share.kv) * D;
-      if (tid < 2 * words) {
-        void* cache = tid < words ? p.k : p.v;
-        reinterpret_cast<uint32_t*>(static_cast<T*>(cache) + at)[tid % words] = reinterpret_cast<const uint32_t*>(own)[tid];
-      } else if (sizeof(T) == 1 && tid < 2 * words + 2) {
-        float* scale = tid == 2 * words ? p.k_scale : p.v_scale;
-        scale[at / D] = own_scale[tid - 2 * words];
-      }
+    x.read(p, layer_words + p.ex.qkv + share.row * width + head * D, weight,
+           warp <= G ? reinterpret_cast<const float*>(smem + p.smem.rope) : nullptr);
+    if (warp < G) {
+      bf16* q = reinterpret_cast<bf16*>(smem + p.smem.q + warp * q_pitch);
+      x.each([&](int e, float v) { q[e] = from_float<bf16>(v * p.scale2); });
+    } else {
+      x.template keep<T>(reinterpret_cast<T*>(smem + p.smem.own) + (warp - G) * D,
+                         reinterpret_cast<float*>(smem + p.smem.own + 2 * D * R::size) + (warp - G));
     }
   }
-
-  float out[G][E], m[G], l[G];
-#pragma unroll
-  for (int h = 0; h < G; h++) {
-    m[h] = minus_infinity(), l[h] = 0.0f;
-#pragma unroll
-    for (int e = 0; e < E; e++) out[h][e] = 0.0f;
-  }
-  const int n_round = probing(p, 4) ? 0 : share.rounds(S::groups);
+  float acc[4] = {0.0f, 0.0f, 0.0f, 0.0f}, top[2] = {minus_infinity(), minus_infinity()}, sum[2] = {0.0f, 0.0f};
+#pragma unroll 1
   for (int round = 0; round < n_round; round++) {
-    const int stage = round % kv_rounds, key = share.begin + round * S::groups + tid / S::lanes;
-    const bool is_own = key == last;
-    cp_async_wait<kv_rounds - 1>();
-    const auto chunk_at = [&](int which, int c) -> const unsigned char* {
-      return is_own ? own + (which * D + (c * S::lanes + member) * V) * static_cast<int>(sizeof(T))
-                    : smem + p.smem.kv_ring + ring_slot<T, D>(stage, which, c);
-    };
-    float k_factor = 1.0f, v_factor = 1.0f;
-    if constexpr (sizeof(T) == 1) {
-      const float* at = is_own ? own_scale + (member & 1)
-                               : reinterpret_cast<const float*>(smem + p.smem.kv_ring + (stage + 1) * S::round_bytes - S::scale_bytes) + tid;
-      const float f = member < 2 ? *at : 0.0f;
-      k_factor = __shfl_sync(0xffffffffu, f, lane - member), v_factor = __shfl_sync(0xffffffffu, f, lane - member + 1);
+    unsigned char* const buffer = ring + round % 2 * R::bytes;
+    cp_async_wait<1>();
+    __syncthreads();  // queries, the own key and value, the round's keys; the former round is done
+    if (round > 0) {
+      if (round + 1 < n_round) copy_round<T, D>(p, smem, share, layer, round + 1);
+      cp_async_commit();
     }
-    float s[G];
+    if (owner && own_at / keys_per_round == round) {  // into the buffer and the cache
+      constexpr int words = D * R::size / 4;
+      const int64_t slot = p.slots[share.row];
+      if (tid < 2 * words) {
+        const uint32_t x = reinterpret_cast<const uint32_t*>(smem + p.smem.own)[tid];
+        const int which = tid / words, i = tid % words;
+        reinterpret_cast<uint32_t*>(buffer + which * R::values + own_at % keys_per_round * R::pitch)[i] = x;
+        T* cache = static_cast<T*>(which == 0 ? p.k : p.v) + layer * p.kv_layer_stride + (slot * p.n_kv_head + share.kv) * D;
+        if (slot >= 0) reinterpret_cast<uint32_t*>(cache)[i] = x;
+      } else if (R::size == 1 && tid < 2 * words + 2) {
+        const int which = tid - 2 * words;
+        const float x = reinterpret_cast<const float*>(smem + p.smem.own + 2 * D)[which];
+        reinterpret_cast<float*>(buffer + R::scales)[which * keys_per_round + own_at % keys_per_round] = x;
+        float* cache = which == 0 ? p.k_scale : p.v_scale;
+        if (slot >= 0) cache[layer * (p.kv_layer_stride / D) + slot * p.n_kv_head + share.kv] = x;
+      }
+      __syncthreads();
+    }
+    if (warp < 4) {
+      float c[2][4] = {};
+      const unsigned char* q = smem + p.smem.q + g * q_pitch + t * 8;
+      const unsigned char* k = buffer + (warp * 16 + g) * R::pitch + t * 4 * R::size;
 #pragma unroll
-    for (int h = 0; h < G; h++) s[h] = 0.0f;
+      for (int i = 0; i < D / 16; i++) {
+        const uint2 b = *reinterpret_cast<const uint2*>(q + 32 * i);
+        if constexpr (R::size == 2) {
+          const uint2 lo = *reinterpret_cast<const uint2*>(k + 32 * i), hi = *reinterpret_cast<const uint2*>(k + 8 * R::pitch + 32 * i);
+          mma<bf16>(c[i % 2], {lo.x, hi.x, lo.y, hi.y}, b.x, b.y);
+        } else {
+          const uint32_t lo = *reinterpret_cast<const uint32_t*>(k + 16 * i), hi = *reinterpret_cast<const uint32_t*>(k + 8 * R::pitch + 16 * i);
+          mma<bf16>(c[i % 2], {widen_pair<0x4140>(lo), widen_pair<0x4140>(hi), widen_pair<0x4342>(lo), widen_pair<0x4342>(hi)}, b.x, b.y);
+        }
+      }
+      const int key = warp * 16 + g, n = share.end - share.begin - round * keys_per_round;  // valid keys of the buffer
+      float k_factor[2] = {1.0f, 1.0f}, v_factor[2] = {1.0f, 1.0f};
+      if constexpr (R::size == 1) {
+        const float* scales = reinterpret_cast<const float*>(buffer + R::scales) + key;
+        k_factor[0] = scales[0], k_factor[1] = scales[8];
+        v_factor[0] = scales[keys_per_round], v_factor[1] = scales[keys_per_round + 8];
+      }
+      bf16* scores = reinterpret_cast<bf16*>(smem + p.smem.scores);
 #pragma unroll
-    for (int c = 0; c < S::per_lane; c++) {
-      float x[V];
-      load_chunk<T, V>(x, chunk_at(0, c));
+      for (int e = 0; e < 2; e++) {  // head 2 t + e
+        const float s0 = key < n ? (c[0][e] + c[1][e]) * k_factor[0] : minus_infinity();
+        const float s1 = key + 8 < n ? (c[0][2 + e] + c[1][2 + e]) * k_factor[1] : minus_infinity();
+        float m = fmaxf(s0, s1);
 #pragma unroll
-      for (int h = 0; h < G; h++) {
-        float y[V];
-        load<float, V>(y, q + h * D + (c * S::lanes + member) * V);
+        for (int i = 4; i < 32; i *= 2) m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, i));
+        const float e0 = exp2_fast(s0 - reference(m)), e1 = exp2_fast(s1 - reference(m));
+        float l = e0 + e1;
 #pragma unroll
-        for (int e = 0; e < V; e++) s[h] += x[e] * y[e];
+        for (int i = 4; i < 32; i *= 2) l += __shfl_xor_sync(0xffffffffu, l, i);
+        bf16* row = scores + (2 * t + e) * (score_pitch / 2) + key;
+        row[0] = from_float<bf16>(key < n ? e0 * v_factor[0] : 0.0f);
+        row[8] = from_float<bf16>(key + 8 < n ? e1 * v_factor[1] : 0.0f);
+        if (g == 0) *reinterpret_cast<float2*>(ml + (warp * 8 + 2 * t + e) * 2) = make_float2(m, l);
       }
     }
+    __syncthreads();
+    if (warp < D / 16) {
+      float f[4][2];
 #pragma unroll
-    for (int h = 0; h < G; h++) {
-      s[h] = warp_sum<S::lanes>(s[h]) * k_factor;
-      if (key >= share.end) s[h] = minus_infinity();
-      const float top = fmaxf(m[h], s[h]), f = exp2_fast(m[h] - reference(top));
-      m[h] = top;
-      s[h] = exp2_fast(s[h] - reference(top));
-      l[h] = l[h] * f + s[h];
-      s[h] *= v_factor;
-      if (key >= share.end) s[h] = 0.0f;
+      for (int e = 0; e < 2; e++) {
+        float2 x[4];
+        float m = top[e];
 #pragma unroll
-      for (int e = 0; e < E; e++) out[h][e] *= f;
-    }
+        for (int w = 0; w < 4; w++) x[w] = *reinterpret_cast<const float2*>(ml + (w * 8 + 2 * t + e) * 2), m = fmaxf(m, x[w].x);
+        const float r = reference(m), old = exp2_fast(top[e] - r);
+        top[e] = m, sum[e] *= old;
+        acc[e] *= old, acc[2 + e] *= old;
 #pragma unroll
-    for (int c = 0; c < S::per_lane; c++) {
-      float x[V];
-      load_chunk<T, V>(x, chunk_at(1, c));
+        for (int w = 0; w < 4; w++) f[w][e] = exp2_fast(x[w].x - r), sum[e] += f[w][e] * x[w].y;
+      }
+      const int n = share.end - share.begin - round * keys_per_round;
 #pragma unroll
-      for (int h = 0; h < G; h++) {
+      for (int w = 0; w < 4; w++) {
+        if (16 * w >= n) break;
+        const unsigned char* scores = smem + p.smem.scores + g * score_pitch + (16 * w + 2 * t) * 2;
+        const uint32_t b0 = *reinterpret_cast<const uint32_t*>(scores), b1 = *reinterpret_cast<const uint32_t*>(scores + 16);
+        const unsigned char* v = buffer + R::values + (16 * w + 2 * t) * R::pitch + (16 * warp + 2 * g) * R::size;
+        // Values behind the last key are what the buffer held before: finite or not, they must not count.
+        const auto pair = [&](int key) -> uint32_t {
+          if (16 * w + 2 * t + key >= n) return 0;
+          if constexpr (R::size == 2) return *reinterpret_cast<const uint32_t*>(v + key * R::pitch);
+          else return *reinterpret_cast<const uint16_t*>(v + key * R::pitch);
+        };
+        const uint32_t x0 = pair(0), x1 = pair(1), x8 = pair(8), x9 = pair(9);
+        float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        if constexpr (R::size == 2) {
+          mma<bf16>(d, {__byte_perm(x0, x1, 0x5410), __byte_perm(x0, x1, 0x7632), __byte_perm(x8, x9, 0x5410), __byte_perm(x8, x9, 0x7632)}, b0, b1);
+        } else {
+          const uint32_t lo = x0 | x1 << 16, hi = x8 | x9 << 16;
+          mma<bf16>(d, {widen_pair<0x4240>(lo), widen_pair<0x4341>(lo), widen_pair<0x4240>(hi), widen_pair<0x4341>(hi)}, b0, b1);
+        }
 #pragma unroll
-        for (int e = 0; e < V; e++) out[h][c * V + e] += s[h] * x[e];
+        for (int e = 0; e < 4; e++) acc[e] += f[w][e % 2] * d[e];
       }
     }
-    asm volatile("" ::: "memory");  // what the copies overwrite has been read
-    if (round + kv_rounds < n_round)
-      copy_round<T, D>(p, ring, share, layer, round + kv_rounds, first_row<T, D>(p, share, round + kv_rounds));
-    cp_async_commit();
   }
-
-  // Groups of a warp, by halves.
-#pragma unroll
-  for (int h = 0; h < G; h++) {
-    float top = m[h];
-#pragma unroll
-    for (int i = S::lanes; i < 32; i *= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, i));
-    const float f = exp2_fast(m[h] - reference(top));
-    l[h] *= f;
-#pragma unroll
-    for (int i = S::lanes; i < 32; i *= 2) l[h] += __shfl_xor_sync(0xffffffffu, l[h], i);
-#pragma unroll
-    for (int e = 0; e < E; e++) {
-      out[h][e] *= f;
-#pragma unroll
-      for (int i = S::lanes; i < 32; i *= 2) out[h][e] += __shfl_xor_sync(0xffffffffu, out[h][e], i);
-    }
-    if (lane == 0) ml[(warp * G + h) * 2] = top, ml[(warp * G + h) * 2 + 1] = l[h];
-    if (lane < S::lanes) {
-#pragma unroll
-      for (int e = 0; e < E; e++) part_out[(warp * G + h) * D + (e / V * S::lanes + member) * V + e % V] = out[h][e];
-    }
-  }
-  __syncthreads();
-  uint32_t* merged = layer_words + p.ex.merged + static_cast<int64_t>(share.row) * (p.n_head * D / 2);
+  if (warp >= D / 16 || 2 * t >= G) return;
+  // Lane: columns 16 warp + 2 g, + 1 (acc[e], acc[2 + e]) of head 2 t + e.
+  const int column = 16 * warp + 2 * g;
   const int item = (share.row * p.n_kv_head + share.kv) * p.max_split + share.split;
-  uint32_t* part = layer_words + p.ex.parts + static_cast<int64_t>(item) * p.ex.part_words;
-  finish_heads<D>(ml, part_out, G, share.kv * G, merged, share.n_split > 1 ? part : nullptr);
+  uint32_t* const part = layer_words + p.ex.parts + item * p.ex.part_words;
+  uint32_t* const merged = layer_words + p.ex.merged + share.row * (p.n_head * D / 2);
+#pragma unroll
+  for (int e = 0; e < 2; e++) {
+    const int head = 2 * t + e;
+    if (head >= G) break;
+    if (share.n_split > 1) {
+      publish(part + head * D + column, acc[e]);
+      publish(part + head * D + column + 1, acc[2 + e]);
+      if (warp == 0 && g == 0) publish(part + G * D + 2 * head, top[e]), publish(part + G * D + 2 * head + 1, sum[e]);
+    } else {
+      const float inv = n_round > 0 ? __fdividef(1.0f, sum[e]) : 0.0f;  // no keys: zero
+      publish(merged + ((share.kv * G + head) * D + column) / 2, pack2<bf16>(acc[e] * inv, acc[2 + e] * inv));
+    }
+  }
 }
 
-// The parts of one (row, head), merged.
+// The parts of one (row, head), merged: a warp takes every 16th part, then the warps' sums meet.
 template <int D>
 __device__ __noinline__ void merge_parts(const Params& p, unsigned char* smem, int row, int head, int n_split,
                                          uint32_t* layer_words) {
   constexpr int n = D / 32;
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const int tid = static_cast<int>(threadIdx.x), warp = tid / 32, lane = tid % 32;
   const int group = p.n_head / p.n_kv_head, kv = head / group, h = head % group;
   float* ml = reinterpret_cast<float*>(smem + p.smem.part);  // [n_warp][2]
-  float* part_out = ml + n_warp * 2;                         // [n_warp][D]
+  float* out_of = ml + n_warp * 2;                           // [n_warp][D]
   float m = minus_infinity(), l = 0.0f, out[n];
 #pragma unroll
   for (int i = 0; i < n; i++) out[i] = 0.0f;
+#pragma unroll 1
   for (int s = warp; s < n_split; s += n_warp) {
-    const int item = (row * p.n_kv_head + kv) * p.max_split + s;
-    const uint32_t* part = layer_words + p.ex.parts + static_cast<int64_t>(item) * p.ex.part_words;
+    const uint32_t* part = layer_words + p.ex.parts + ((row * p.n_kv_head + kv) * p.max_split + s) * p.ex.part_words;
     const uint32_t* from[n + 2];
     uint32_t x[n + 2];
 #pragma unroll
     for (int i = 0; i < n; i++) from[i] = part + h * D + lane + 32 * i;
     from[n] = part + group * D + 2 * h, from[n + 1] = from[n] + 1;
     await(p, x, from, 2);
-    const float sm = __uint_as_float(x[n]), top = fmaxf(m, sm);
-    const float f = exp2_fast(m - reference(top)), g = exp2_fast(sm - reference(top));
-    m = top;
+    const float sm = __uint_as_float(x[n]), to = fmaxf(m, sm);
+    const float f = exp2_fast(m - reference(to)), g = exp2_fast(sm - reference(to));
+    m = to;
     l = l * f + __uint_as_float(x[n + 1]) * g;
 #pragma unroll
     for (int i = 0; i < n; i++) out[i] = out[i] * f + __uint_as_float(x[i]) * g;
   }
   __syncthreads();  // the readers of what lies there now are done
-  if (lane == 0) ml[2 * warp] = m, ml[2 * warp + 1] = l;
+  if (lane == 0) *reinterpret_cast<float2*>(ml + 2 * warp) = make_float2(m, l);
 #pragma unroll
-  for (int i = 0; i < n; i++) part_out[warp * D + lane + 32 * i] = out[i];
+  for (int i = 0; i < n; i++) out_of[warp * D + lane + 32 * i] = out[i];
   __syncthreads();
-  finish_heads<D>(ml, part_out, 1, head, layer_words + p.ex.merged + static_cast<int64_t>(row) * (p.n_head * D / 2),
-                  nullptr);
+  if (tid >= D / 2) return;
+  const int n_part = min(n_split, n_warp);
+  float top = minus_infinity(), sum = 0.0f, x = 0.0f, y = 0.0f;
+#pragma unroll 4
+  for (int w = 0; w < n_part; w++) top = fmaxf(top, ml[2 * w]);
+#pragma unroll 4
+  for (int w = 0; w < n_part; w++) {
+    const float f = exp2_fast(ml[2 * w] - reference(top));
+    const float2 o = *reinterpret_cast<const float2*>(out_of + w * D + 2 * tid);
+    sum += f * ml[2 * w + 1];
+    x += f * o.x, y += f * o.y;
+  }
+  const float inv = __fdividef(1.0f, sum);
+  publish(layer_words + p.ex.merged + (row * p.n_head + head) * (D / 2) + tid, pack2<bf16>(x * inv, y * inv));
 }
 
 }  // namespace mm::cuda::persistent

@@ -7,20 +7,16 @@
 namespace mm::cuda::persistent {
 
 // f(element type, d_head, heads of a key head) as compile-time constants.
-template <class F>
+template <class T, class F>
 __device__ __forceinline__ void with_heads(const Params& p, F&& f) {
-  const int group = p.n_head / p.n_kv_head;
   const auto by_group = [&](auto t, auto d) {
-    switch (group) {
+    switch (p.n_head / p.n_kv_head) {
       case 1: return f(t, d, std::integral_constant<int, 1>());
       case 2: return f(t, d, std::integral_constant<int, 2>());
       case 4: return f(t, d, std::integral_constant<int, 4>());
       default: return;
     }
   };
-#ifdef MM_QUICK
-  return f(bf16{}, std::integral_constant<int, 96>(), std::integral_constant<int, 2>());
-#endif
   const auto by_width = [&](auto t) {
     switch (p.d_head) {
       case 32: return by_group(t, std::integral_constant<int, 32>());
@@ -30,8 +26,37 @@ __device__ __forceinline__ void with_heads(const Params& p, F&& f) {
       default: return;
     }
   };
-  if (p.kv_format == KvFormat::i8) by_width(int8_t{});
-  else by_width(bf16{});
+  if constexpr (T::fixed) {
+    constexpr std::integral_constant<int, T::d_head> d;
+    constexpr std::integral_constant<int, T::group> g;
+    if (p.kv_format == KvFormat::i8) f(int8_t{}, d, g);
+    else f(bf16{}, d, g);
+  } else {
+    if (p.kv_format == KvFormat::i8) by_width(int8_t{});
+    else by_width(bf16{});
+  }
+}
+// f(d_head)
+template <class T, class F>
+__device__ __forceinline__ void with_width(const Params& p, F&& f) {
+  if constexpr (T::fixed) {
+    f(std::integral_constant<int, T::d_head>());
+  } else {
+    switch (p.d_head) {
+      case 32: return f(std::integral_constant<int, 32>());
+      case 64: return f(std::integral_constant<int, 64>());
+      case 96: return f(std::integral_constant<int, 96>());
+      case 128: return f(std::integral_constant<int, 128>());
+      default: return;
+    }
+  }
+}
+template <class T, class F>
+__device__ __forceinline__ void with_keys(const Params& p, F&& f) {  // f(element type, d_head)
+  with_width<T>(p, [&](auto d) {
+    if (p.kv_format == KvFormat::i8) f(int8_t{}, d);
+    else f(bf16{}, d);
+  });
 }
 
 __device__ __forceinline__ Share share_of(const Params& p) {
@@ -48,7 +73,7 @@ __device__ __forceinline__ Share share_of(const Params& p) {
   return s;
 }
 
-__device__ __forceinline__ float silu(float x) { return x / (1.0f + __expf(-x)); }
+__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 
 constexpr int draw_bytes = (static_cast<int>(sizeof(SampleShared<n_thread>)) + 127) / 128 * 128;
 
@@ -91,66 +116,48 @@ __device__ __noinline__ void draw(const Params& p, unsigned char* smem, int row,
 #define MM_TRACE(event)
 #endif
 
-template <WeightFormat kFormat, bool kWide>
-__device__ __forceinline__ void work(const Params& p, unsigned char* smem, const int32_t* tokens, uint32_t step,
-                                     Copier<kFormat>& copier) {
+template <class T>
+__device__ __forceinline__ void work(const Params& p, unsigned char* smem, const int32_t* tokens, uint32_t step, bool parts,
+                                     Copier<T>& copier) {
   const int2* segments = reinterpret_cast<const int2*>(smem + p.smem.segments);
-  float* residual = reinterpret_cast<float*>(smem + p.smem.residual);
+  const float* residual = reinterpret_cast<const float*>(smem + p.smem.residual);
   const Share share = share_of(p);
-  const uint32_t kv_ring = shared_address(smem + p.smem.kv_ring);
-  int64_t row0 = 0, row1 = 0;
   if (share.any()) {
-    const int lanes = p.d_head >= 64 ? 8 : 4, groups = n_thread / lanes, key = share.begin + static_cast<int>(threadIdx.x) / lanes;
-    if (key < share.end && key < share.n_key - 1) row0 = key_row(p, share.row, key);
-    if (key + groups < share.end && key + groups < share.n_key - 1) row1 = key_row(p, share.row, key + groups);
-    float* turn = reinterpret_cast<float*>(smem + p.smem.rope);
-    const int half = p.d_head / 2;
-    const int64_t from = static_cast<int64_t>(p.positions[share.row]) * half;
-    for (int i = static_cast<int>(threadIdx.x); i < half; i += n_thread) turn[i] = p.cos[from + i], turn[half + i] = p.sin[from + i];
+    with_width<T>(p, [&](auto d) { prepare_share<decltype(d)::value>(p, smem, share); });
+    __syncthreads();
+    with_keys<T>(p, [&](auto t, auto d) { start_keys<decltype(t), decltype(d)::value>(p, smem, share, 0); });
   }
-  const auto start_keys = [&](int layer) {
-    if (!share.any() || layer == p.n_layer) return;
-    if (p.kv_format == KvFormat::i8) {
-      if (p.d_head == 32) prefetch_keys<int8_t, 32>(p, kv_ring, share, layer, row0, row1);
-      if (p.d_head == 64) prefetch_keys<int8_t, 64>(p, kv_ring, share, layer, row0, row1);
-      if (p.d_head == 96) prefetch_keys<int8_t, 96>(p, kv_ring, share, layer, row0, row1);
-      if (p.d_head == 128) prefetch_keys<int8_t, 128>(p, kv_ring, share, layer, row0, row1);
-    } else {
-      if (p.d_head == 32) prefetch_keys<bf16, 32>(p, kv_ring, share, layer, row0, row1);
-      if (p.d_head == 64) prefetch_keys<bf16, 64>(p, kv_ring, share, layer, row0, row1);
-      if (p.d_head == 96) prefetch_keys<bf16, 96>(p, kv_ring, share, layer, row0, row1);
-      if (p.d_head == 128) prefetch_keys<bf16, 128>(p, kv_ring, share, layer, row0, row1);
-    }
-  };
-  start_keys(0);
 
   Cursor cursor;
   const uint32_t capacity = static_cast<uint32_t>(p.smem.n_slots * slot_units);
   uint32_t* const set = p.ex.set[step & 1];
+  uint32_t* words = set;             // of the layer
   const uint32_t* before = nullptr;  // the residual stream that the layer begins with; null: the embedding
-  const int qkv_width = (p.n_head + 2 * p.n_kv_head) * p.d_head;
-  for (int s = 0; s <= 4 * p.n_layer; s++) {
-    const int layer = s / 4, kind = s == 4 * p.n_layer ? static_cast<int>(stage_head) : s % 4;
-    uint32_t* const words = set + layer * p.ex.layer_words;
-    const float* norms = p.norms + static_cast<int64_t>(layer) * p.norm_stride;
+  const float* norms = p.norms;
+  const int d_model = T::d_model(p), d_ff = T::d_ff(p);
+  int kind = p.n_layer > 0 ? static_cast<int>(stage_qkv) : static_cast<int>(stage_head);
+#pragma unroll 1
+  for (int s = 0, layer = 0; s <= 4 * p.n_layer; s++) {
     const int2 tiles = segments[s];
-    const int units = p.shape[kind].units, per = units_per_warp(units), per_pass = tiles_per_pass(units, p.smem.held);
+    const int units = p.shape[kind].units, per_pass = p.shape[kind].tiles_per_pass;
     // o and down need nothing where they have no tiles; the others keep the residual stream.
-    const bool idle = tiles.y == 0 && (kind == stage_o || kind == stage_down);
+    const bool has_pairs = kind == stage_o || kind == stage_down, idle = tiles.y == 0 && has_pairs;
     MM_TRACE(s * 8);
+#pragma unroll 1
     for (int done = 0; !idle && (done == 0 || done < tiles.y); done += per_pass) {
       const int n = min(tiles.y - done, per_pass);
-      Held<kFormat> held;
+      Held<T> held;
+      const auto first_half = [&](auto k) { take<T, decltype(k)::value>(p, smem, held, cursor, units, n); };
+      const auto second_half = [&](auto k) { multiply<T, decltype(k)::value>(p, smem, held, units, n); };
       if (n > 0) {
-        with_units_per_warp(per, [&](auto k) { take<kFormat, decltype(k)::value>(p, smem, held, cursor, units, n); });
+        if (!T::fixed || kind != stage_down) with_units_per_warp<T::per_d>(units_per_warp(units), first_half);
+        else with_units_per_warp<T::per_ff>(0, first_half);
         cursor.advance(static_cast<uint32_t>(n * units), capacity);
       }
       if (done == 0) {
         MM_TRACE(s * 8 + 1);
-        if (kind == stage_o) take_pairs(p, smem, words + p.ex.merged, p.n_head * p.d_head / 2, 6);
-        else if (kind == stage_down) take_pairs(p, smem, words + p.ex.act, p.d_ff / 2, 8);
-        else if (kind == stage_gate_up) take_residual(p, smem, words + p.ex.mid, tokens, norms + p.d_model, 7);
-        else take_residual(p, smem, before, tokens, norms, 5);
+        if (has_pairs) take_pairs<T>(p, smem, words + (kind == stage_o ? p.ex.merged : p.ex.act), p.shape[kind].k / 2);
+        else take_residual<T>(p, smem, kind == stage_gate_up ? words + p.ex.mid : before, tokens, norms + (kind == stage_gate_up ? d_model : 0));
         MM_TRACE(s * 8 + 2);
       }
       __syncthreads();  // the input is there, the weights are in registers, the former sums have been read
@@ -159,100 +166,98 @@ __device__ __forceinline__ void work(const Params& p, unsigned char* smem, const
         copier.taken += static_cast<uint32_t>(n * units);
         copier.fill(p, smem);
       }
-      with_units_per_warp(per, [&](auto k) { multiply<kFormat, kWide, decltype(k)::value>(p, smem, held, units, n); });
+      if (!T::fixed || kind != stage_down) with_units_per_warp<T::per_d>(units_per_warp(units), second_half);
+      else with_units_per_warp<T::per_ff>(0, second_half);
       __syncthreads();
       MM_TRACE(s * 8 + 3);
-      reduce_parts(p, smem, n, [&](bool on, int i, int token, int row, float sum) {
-        const int tile = tiles.x + done + i, column = tile * 8 + row, at = token * p.d_model + column;
-        if (kind == stage_o || kind == stage_down) {
+      reduce_parts<T>(p, smem, n, [&](bool on, int i, int token, int row, float sum) {
+        const int tile = tiles.x + done + i, column = tile * 8 + row;
+        if (has_pairs) {
+          const int at = token * d_model + column;
           if (on) publish(words + (kind == stage_o ? p.ex.mid : p.ex.out) + at, residual[at] + sum);
           return;
         }
-        const float x = on ? norm_factor(p, smem, token) * sum : 0.0f;
+        const float x = on ? norm_factor<T>(p, smem, token) * sum : 0.0f;
         if (kind == stage_gate_up) {
           const float up = __shfl_down_sync(0xffffffffu, x, 4), act = silu(x) * up;
           const float next = __shfl_down_sync(0xffffffffu, act, 1);
           if (on && row < 4 && row % 2 == 0)
-            publish(words + p.ex.act + token * (p.d_ff / 2) + tile * 2 + row / 2, pack2<bf16>(act, next));
+            publish(words + p.ex.act + token * (d_ff / 2) + tile * 2 + row / 2, pack2<bf16>(act, next));
         } else if (kind == stage_qkv) {
-          if (on) publish(words + p.ex.qkv + token * qkv_width + column, x);
+          if (on) publish(words + p.ex.qkv + token * p.qkv_width + column, x);
         } else if (on) {
-          if (p.draw) publish(set + p.ex.logits + static_cast<int64_t>(token) * p.ex.logit_words + column, x);
+          if (p.draw) publish(set + p.ex.logits + token * p.ex.logit_words + column, x);
           if (p.logits != nullptr && column < p.n_vocab) p.logits[static_cast<int64_t>(token) * p.n_vocab + column] = x;
         }
       });
     }
     MM_TRACE(s * 8 + 4);
-    if (kind == stage_down) before = words + p.ex.out;
-    if (kind != stage_qkv) continue;
-    if (share.any()) {
-      with_heads(p, [&](auto t, auto d, auto g) {
-        attend<decltype(t), decltype(d)::value, decltype(g)::value>(p, smem, share, layer, words);
-      });
-      start_keys(layer + 1);
+    if (s == 0 && threadIdx.x >= n_thread / 2)
+      keep_house(p, step, parts, static_cast<int>(threadIdx.x) - n_thread / 2, n_thread / 2);
+    if (kind == stage_qkv) {
+      if (share.any()) {
+        with_heads<T>(p, [&](auto t, auto d, auto g) {
+          attend<decltype(t), decltype(d)::value, decltype(g)::value>(p, smem, share, layer, words);
+        });
+        __syncthreads();  // the buffers are free
+        if (layer + 1 < p.n_layer)
+          with_keys<T>(p, [&](auto t, auto d) { start_keys<decltype(t), decltype(d)::value>(p, smem, share, layer + 1); });
+      }
+      MM_TRACE(s * 8 + 5);
+      if (parts) {
+#pragma unroll 1
+        for (int i = static_cast<int>(blockIdx.x); i < T::n_tok(p) * p.n_head; i += static_cast<int>(gridDim.x)) {
+          const int row = i / p.n_head, n_split = splits_of(p, p.kv_len[row]);
+          if (n_split == 1) continue;
+          with_width<T>(p, [&](auto d) { merge_parts<decltype(d)::value>(p, smem, row, i % p.n_head, n_split, words); });
+        }
+      }
+      MM_TRACE(s * 8 + 6);
     }
-    MM_TRACE(s * 8 + 5);
-    for (int i = static_cast<int>(blockIdx.x); i < p.n_tok * p.n_head; i += static_cast<int>(gridDim.x)) {
-      const int row = i / p.n_head, n_split = splits_of(p, p.kv_len[row]);
-      if (n_split == 1) continue;
-      if (p.d_head == 32) merge_parts<32>(p, smem, row, i % p.n_head, n_split, words);
-      if (p.d_head == 64) merge_parts<64>(p, smem, row, i % p.n_head, n_split, words);
-      if (p.d_head == 96) merge_parts<96>(p, smem, row, i % p.n_head, n_split, words);
-      if (p.d_head == 128) merge_parts<128>(p, smem, row, i % p.n_head, n_split, words);
+    if (kind == stage_down) {
+      before = words + p.ex.out, words += p.ex.layer_words, norms += p.norm_stride;
+      layer++;
+      kind = layer < p.n_layer ? static_cast<int>(stage_qkv) : static_cast<int>(stage_head);
+    } else {
+      kind++;
     }
-    MM_TRACE(s * 8 + 6);
   }
   if (p.hidden != nullptr && blockIdx.x == 0) {
-    const float* final_norm = p.norms + static_cast<int64_t>(p.n_layer) * p.norm_stride;
-    for (int i = static_cast<int>(threadIdx.x); i < p.n_tok * p.d_model; i += n_thread)
-      p.hidden[i] = residual[i] * norm_factor(p, smem, i / p.d_model) * final_norm[i % p.d_model];
+    for (int i = static_cast<int>(threadIdx.x); i < T::n_tok(p) * d_model; i += n_thread)
+      p.hidden[i] = residual[i] * norm_factor<T>(p, smem, i / d_model) * norms[i % d_model];
   }
-  if (p.draw && static_cast<int>(blockIdx.x) < p.n_tok)
-    draw(p, smem, static_cast<int>(blockIdx.x),
-         set + p.ex.logits + static_cast<int64_t>(blockIdx.x) * p.ex.logit_words);
+  if (p.draw && static_cast<int>(blockIdx.x) < T::n_tok(p))
+    draw(p, smem, static_cast<int>(blockIdx.x), set + p.ex.logits + static_cast<int64_t>(blockIdx.x) * p.ex.logit_words);
   MM_TRACE((4 * p.n_layer + 1) * 8);
 }
 
-template <WeightFormat kFormat, bool kWide>
+template <class T>
 __global__ void __launch_bounds__(n_thread, 1) step_kernel(const __grid_constant__ Params p) {
   extern __shared__ __align__(1024) unsigned char smem[];
   __shared__ int32_t tokens[max_tokens];
-  const int tid = static_cast<int>(threadIdx.x), warp = tid / 32;
-  Copier<kFormat> copier(p);
-  if (warp == n_warp - 1) {
-    for (int i = tid % 32; i < p.smem.n_slots; i += 32) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-      constexpr uint32_t arrivals = 1;
-#else
-      constexpr uint32_t arrivals = 32;
-#endif
-      asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(smem + p.smem.full) + 8 * static_cast<uint32_t>(i)),
-                   "r"(arrivals)
-                   : "memory");
-    }
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    hopper::mbarrier_init_fence();
-#endif
-    __syncwarp();
+  const int tid = static_cast<int>(threadIdx.x);
+  Copier<T> copier(p);
+  if (tid / 32 == n_warp - 1) {
+    copier.init(p, smem);
     copier.fill(p, smem);
   }
   const uint32_t step = p.state->step;
-  const int n_segment = 4 * p.n_layer + 1;
+  const int n_segment = 4 * p.n_layer + 1, n_tok = T::n_tok(p);
   int2* segments = reinterpret_cast<int2*>(smem + p.smem.segments);
   for (int i = tid; i < n_segment; i += n_thread) segments[i] = p.segments[static_cast<int64_t>(blockIdx.x) * n_segment + i];
-  if (tid < p.n_tok) {
+  if (tid < n_tok * p.sum_stride) reinterpret_cast<float*>(smem + p.smem.sums)[tid] = 0.0f;
+  if (tid < n_tok) {
     int id = p.ids[tid];
     if (id < 0 && p.prev_ids != nullptr) id = p.prev_ids[-1 - id];
     tokens[tid] = id < 0 || id >= p.n_vocab ? 0 : id;  // a failed draw (-1): any token, its sequence is over
   }
-  __syncthreads();
   bool parts = false;
-  for (int r = 0; r < p.n_tok; r++) parts |= splits_of(p, p.kv_len[r]) > 1;
-  keep_house(p, step, parts);
-  work<kFormat, kWide>(p, smem, tokens, step, copier);
+  for (int r = 0; r < n_tok; r++) parts |= splits_of(p, p.kv_len[r]) > 1;
+  __syncthreads();
+  work<T>(p, smem, tokens, step, parts, copier);
   // All blocks have long read the state: this block's last input depends on all of them.
   if (blockIdx.x == 0 && tid == 0) {
-    p.state->rows[step & 1] = p.n_tok, p.state->parts[step & 1] = parts ? 1 : 0;
+    p.state->rows[step & 1] = n_tok, p.state->parts[step & 1] = parts ? 1 : 0;
     p.state->step = step + 1;
   }
 }
