@@ -218,7 +218,7 @@ void Automaton::fill_row(int32_t row) {
     if (it != known.end()) to = it->second;
     else known.emplace_back(s, to = collect(c));
   }
-  work_ += moves_.size();
+  work_ += small ? moves_.size() : moves_.size() * static_cast<size_t>(graph_.n_classes) / 4;
 }
 
 Automaton::State Automaton::next_state(State state, uint8_t byte) {
@@ -257,20 +257,51 @@ bool Automaton::finished(State state) {
   return std::all_of(row, row + graph_.n_classes, [](State to) { return to == kDead; });
 }
 
+// A token makes at most as many passes of a repeat as it has bytes. So counts that are further than the longest token
+// from both of its limits need not be told apart: one mask serves nearly all places in a string of limited length.
+Automaton::State Automaton::representative(State state) {
+  const auto longest = static_cast<int64_t>(table_.impl().longest);
+  std::vector<int32_t> members, path;
+  for (uint32_t i = 0; i < places_[static_cast<size_t>(state)].size; i++) {
+    int32_t top = members_[places_[static_cast<size_t>(state)].first + i];
+    for (; top != kEndCell; top = cells_[static_cast<size_t>(top)].next) path.push_back(top);
+    for (; !path.empty(); path.pop_back()) {
+      const Cell& c = cells_[static_cast<size_t>(path.back())];
+      const Node& node = graph_.nodes[static_cast<size_t>(c.node)];
+      int32_t count = c.count;
+      if (node.kind == NodeKind::repeat && (node.max == kUnbounded || node.max - count > longest)) {
+        if (count >= node.min) count = node.min;
+        else if (node.min - count > longest) count = 0;
+      }
+      top = cell(c.node, count, top);
+      MM_CHECK(top != kNoCell);
+    }
+    members.push_back(top);
+  }
+  std::sort(members.begin(), members.end(), [&](int32_t a, int32_t b) { return before(a, b); });
+  members.erase(std::unique(members.begin(), members.end()), members.end());
+  return place(members);
+}
+
 void Automaton::mask(State state, std::span<uint32_t> bits) {
   const std::lock_guard lock(mutex_);
   if (bits.empty()) return;
-  if (places_[static_cast<size_t>(state)].mask < 0) {
-    const auto first = masks_.size();
-    masks_.resize(first + bits.size(), 0);
-    work_ = 0;
-    if (!walk(state, masks_.data() + first))
-      std::fill(masks_.begin() + static_cast<std::ptrdiff_t>(first), masks_.end(), 0u);
-    places_[static_cast<size_t>(state)].mask = static_cast<int32_t>(first / bits.size());
+  const auto mask_index = [&](State of) -> int32_t& { return places_[static_cast<size_t>(of)].mask; };
+  if (mask_index(state) < 0) {
+    const State like = representative(state);
+    if (mask_index(like) < 0) {
+      const auto first = masks_.size();
+      masks_.resize(first + bits.size(), 0);
+      work_ = 0;
+      if (!walk(like, masks_.data() + first))
+        std::fill(masks_.begin() + static_cast<std::ptrdiff_t>(first), masks_.end(), 0u);
+      mask_index(like) = static_cast<int32_t>(first / bits.size());
+    }
+    mask_index(state) = mask_index(like);
     account();
   }
-  const auto first = masks_.begin() + static_cast<std::ptrdiff_t>(
-                                          static_cast<size_t>(places_[static_cast<size_t>(state)].mask) * bits.size());
+  const auto first =
+      masks_.begin() + static_cast<std::ptrdiff_t>(mask_index(state)) * static_cast<std::ptrdiff_t>(bits.size());
   std::copy(first, first + static_cast<std::ptrdiff_t>(bits.size()), bits.begin());
 }
 

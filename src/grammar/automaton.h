@@ -64,6 +64,7 @@ class Automaton {
   void visit(NodeId node, int32_t count, int32_t next);
   void fill_row(int32_t row);
   State next_state(State state, uint8_t byte);  // expands if need be; -1: too much work
+  State representative(State state);            // one of those with the same mask
   bool walk(State state, uint32_t* bits);
   void account();
 

@@ -136,7 +136,7 @@ NodeId size_node(GraphBuilder& b, const Bound& low, const Bound* high, int max_d
 }  // namespace
 
 NodeId integer_node(GraphBuilder& b, int64_t low, int64_t high) {
-  b.spend(200);
+  b.spend(500);
   low = std::max(low, -kLargestInteger);
   high = std::min(high, kLargestInteger);
   std::vector<NodeId> choices;
@@ -184,7 +184,7 @@ NodeId any_number_node(GraphBuilder& b) {
 }
 
 NodeId number_node(GraphBuilder& b, const std::optional<Bound>& low, const std::optional<Bound>& high) {
-  b.spend(1000);
+  b.spend(2000);
   // So few digits after the point that two numbers that differ are different doubles too: "< 1" stays true when read.
   size_t whole_digits = 1;
   bool exclusive = false;
