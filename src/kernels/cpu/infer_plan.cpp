@@ -25,7 +25,7 @@ namespace {
 InferKernels kernels_of(Isa isa) {
   InferKernels k = scalar::infer_kernels;
 #ifdef MM_X86
-  if (isa == Isa::avx2) k = avx2::infer_kernels;
+  if (isa == Isa::avx2) k = avx2::infer_kernels, use_avx2(&k);
   if (isa >= Isa::avx512) k = avx512::infer_kernels, use_avx512(&k);
   if (isa >= Isa::avx512_bf16) use_avx512_bf16(&k);
   if (isa >= Isa::amx) use_amx(&k);

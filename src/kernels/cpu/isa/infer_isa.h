@@ -11,6 +11,7 @@ void use_avx512(InferKernels* k);       // AVX-512 F, BW, DQ, VL
 void use_avx512_bf16(InferKernels* k);  // and VNNI, BF16
 void use_amx(InferKernels* k);          // and AMX tiles with BF16
 
+void attend_avx2(const AttendArgs& a);
 void attend_avx512(const AttendArgs& a);
 
 }  // namespace mm
