@@ -25,6 +25,9 @@ export function iconButton(name, label, onclick, extra) {
   return h('button', {class: 'icon', type: 'button', 'aria-label': label, title: label, onclick, ...extra}, icon(name));
 }
 
+// Enter that sends: not with Shift, and not the one that ends an input method's composition.
+export const isSend = (event) => event.key === 'Enter' && !event.shiftKey && !event.altKey && !event.isComposing && event.keyCode !== 229;
+
 export async function copyText(text) {
   try {
     await navigator.clipboard.writeText(text);

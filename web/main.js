@@ -3,12 +3,12 @@
 import {getJson} from './api.js';
 import {BlocksPane} from './blocks.js';
 import {Chat} from './chat.js';
-import {$, h, icon, iconButton, toast} from './dom.js';
+import {$, h, icon, iconButton, isSend, toast} from './dom.js';
 import {language, languageName, setLanguage, t, translate} from './i18n.js';
 import {ServerPane} from './server.js';
 import {drawSettings, focusBadSetting, requestFields, toolCount} from './settings.js';
-import {apiKey, exportText, importChats, loadChats, loadSettings, newChat, openStore, removeChat, saveChat, saveSettings,
-        setApiKey, settings, titleOf} from './store.js';
+import {apiKey, exportText, importChats, loadChats, loadSettings, newChat, openStore, removeChat, restoreChat, saveChat,
+        saveSettings, setApiKey, settings, titleOf} from './store.js';
 
 const PANELS = ['settings', 'blocks', 'server'];
 let chats = [];
@@ -87,6 +87,7 @@ function choose(name, value) {
 
 function drawChats() {
   const list = $('chats');
+  if (renaming && document.activeElement.className === 'rename') return;
   const focus = list.contains(document.activeElement) ? document.activeElement.dataset.id : '';
   const sorted = [...chats].sort((a, b) => b.updated - a.updated);
   list.replaceChildren(...sorted.map((item) => {
@@ -122,8 +123,7 @@ function renameField(item) {
     if (button) button.focus();
   };
   input.addEventListener('keydown', (event) => {
-    if (event.isComposing) return;
-    if (event.key === 'Enter') close(true);
+    if (isSend(event)) close(true);
     if (event.key === 'Escape') { event.stopPropagation(); close(false); }
   });
   input.addEventListener('blur', () => close(true));
@@ -145,7 +145,7 @@ function deleteChat(item) {
   else drawChats();
   toast(t('removed'), t('undo'), () => {
     chats.push(item);
-    saveChat(item);
+    restoreChat(item);
     openChat(item);
   });
 }
@@ -317,8 +317,7 @@ function onKey(event) {
 }
 
 function onInputKey(event) {
-  if (event.isComposing || event.keyCode === 229) return;  // Enter that ends an input method's composition sends nothing
-  if (event.key === 'Enter' && !event.shiftKey && !event.altKey) {
+  if (isSend(event)) {
     event.preventDefault();
     send();
   } else if (event.key === 'ArrowUp' && !$('input').value) {
@@ -389,12 +388,12 @@ function start() {
     if (narrow() !== wasNarrow) { wasNarrow = narrow(); showSide(!wasNarrow); }
     updateShade();
   });
-  addEventListener('storage', (event) => {  // another tab changed the list
-    if (!event.key || !event.key.startsWith('minimind.chat.') || [...chats].some((c) => chat.busy(c))) return;
-    const current = chat.chat;
-    chats = loadChats();
+  addEventListener('storage', (event) => {  // another tab changed a conversation
+    if (!event.key || !event.key.startsWith('minimind.chat.') || chats.some((c) => chat.busy(c))) return;
+    const current = chat.chat, mine = event.key.endsWith('.' + current.id);
+    chats = loadChats().map((c) => (c.id === current.id && !mine ? current : c));
     const fresh = chats.find((c) => c.id === current.id);
-    if (fresh) chat.show(fresh);
+    if (mine && fresh) chat.show(fresh);
     else drawChats();
   });
   chat.focus();

@@ -135,12 +135,23 @@ export function loadChats() {
   return out.sort((a, b) => b.updated - a.updated);
 }
 
+const removed = new WeakSet();  // an answer that ends later must not bring its conversation back
+
 export function saveChat(chat) {
+  if (removed.has(chat)) return;
   if (chat.messages.length) write('chat.' + chat.id, chat);
-  else removeChat(chat);
+  else area.removeItem(PREFIX + 'chat.' + chat.id);
 }
 
-export const removeChat = (chat) => area.removeItem(PREFIX + 'chat.' + chat.id);
+export function removeChat(chat) {
+  removed.add(chat);
+  area.removeItem(PREFIX + 'chat.' + chat.id);
+}
+
+export function restoreChat(chat) {
+  removed.delete(chat);
+  saveChat(chat);
+}
 
 export function titleOf(chat) {
   if (chat.title) return chat.title;

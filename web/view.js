@@ -1,6 +1,6 @@
 // How messages look. A view is made once a message and updated in place while the answer is being written.
 
-import {copyButton, h, icon, iconButton} from './dom.js';
+import {copyButton, h, icon, iconButton, isSend} from './dom.js';
 import {highlight} from './highlight.js';
 import {count, duration, t} from './i18n.js';
 import {showMarkdown} from './markdown.js';
@@ -21,9 +21,8 @@ export function userView(message, act) {
       h('button', {class: 'plain', onclick: () => { close(); act.focus(); }}, t('cancel')),
       h('button', {class: 'strong', onclick: send}, t('send'))));
     area.addEventListener('keydown', (event) => {
-      if (event.isComposing) return;
-      if (event.key === 'Escape') { event.stopPropagation(); close(); act.focus(); }
-      if (event.key === 'Enter' && !event.shiftKey) { event.preventDefault(); send(); }
+      if (event.key === 'Escape' && !event.isComposing) { event.stopPropagation(); close(); act.focus(); }
+      if (isSend(event)) { event.preventDefault(); send(); }
     });
     body.replaceWith(box);
     actions.hidden = true;
@@ -53,7 +52,7 @@ function toolCard(call, result, ask, onresult) {
   } else if (ask) {
     const area = h('textarea', {rows: '2', placeholder: t('toolHint'), 'aria-label': t('toolResultOf', {name: call.name})});
     area.addEventListener('keydown', (event) => {
-      if (event.key === 'Enter' && !event.shiftKey && !event.isComposing) { event.preventDefault(); onresult(); }
+      if (isSend(event)) { event.preventDefault(); onresult(); }
     });
     card.append(h('div', {class: 'label'}, t('toolResult')), area);
     card.result = area;
