@@ -18,7 +18,7 @@ namespace mm::cpu {
 
 Worker::Worker(StepShared& shared, int thread, int n_thread)
     : s_(shared), m_(shared.model), step_(shared.step), k_(shared.k), p_(shared.plan), t_(thread), n_(n_thread) {
-  b_.lay_out(p_.thread_memory + p_.thread_bytes * t_, p_, m_.n_head / m_.n_kv_head, m_.d_head);
+  b_.lay_out(p_.thread_memory + p_.thread_bytes * t_, p_, m_);
 }
 
 void Worker::embed() {
@@ -53,13 +53,13 @@ void Worker::attention_half(const InferLayer& layer, int64_t l) {
 
 void Worker::ffn_half(const InferLayer& layer, const InferMatrix* next) {
   if (m_.n_expert > 0) {
-    moe_half(layer);
+    moe_half(layer, next);
     return;
   }
   const int64_t d = m_.d_model;
   const Operand h = prepare(layer.gate_up, p_.n_tok, s_.alone,
                             [&](int64_t r, float* to) { k_.norm_row(to, p_.x + r * d, layer.post_norm, m_.eps, d); });
-  const FfnGroup all{&layer.gate_up, &layer.down, 0, p_.n_tok};
+  const FfnGroup all{&layer.gate_up, &layer.down, 0, p_.n_tok, 0};
   Operand act{kind_for(layer.down, p_.n_tok), 0, 0, p_.act};
   ffn_inner(h, &all, 1, &act);
   product(act, 0, p_.n_tok, layer.down, p_.x, d, true, next);

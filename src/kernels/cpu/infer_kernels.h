@@ -75,8 +75,8 @@ struct InferKernels {
   // Products of few operand rows with whole panels: out[r * ldo + 16 p + i].
   void (*few_f32)(float* out, int64_t ldo, const float* w, int64_t k, int64_t panels, const float* x, int64_t ldx,
                   int64_t m, const WeightStream& stream);
-  void (*few_bf16)(float* out, int64_t ldo, const uint16_t* w, int64_t kp, int64_t panels, const uint16_t* x,
-                   int64_t m, const WeightStream& stream);  // m <= 16
+  void (*few_bf16)(float* out, int64_t ldo, const uint16_t* w, int64_t kp, int64_t panels, const uint16_t* x, int64_t m,
+                   const WeightStream& stream);  // m <= 16
   void (*few_i8)(float* out, int64_t ldo, const uint8_t* w, int64_t kp, int64_t panels, const int8_t* x, int64_t ldx,
                  int64_t m, const WeightStream& stream);
   // Products of many rows: c [rows <= 32][32] from one or two operand tiles of rows and one or two panels, row distance

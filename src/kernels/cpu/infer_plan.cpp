@@ -105,13 +105,14 @@ size_t StepPlan::lay_out(char* scratch, const InferModel& m, int64_t tokens, int
   at.take(&token_slot, moe ? n_tok * m.n_expert_per_tok : 0);
 
   ThreadBuffers one;
-  thread_bytes = static_cast<int64_t>(one.lay_out(nullptr, *this, group, dh));
+  thread_bytes = static_cast<int64_t>(one.lay_out(nullptr, *this, m));
   thread_bytes = round_up(thread_bytes, 4096) + 256;  // threads' buffers not at equal places of a page
   at.take(&thread_memory, thread_bytes * n_thread);
   return at.used;
 }
 
-size_t ThreadBuffers::lay_out(char* memory, const StepPlan& plan, int64_t group, int64_t dh) {
+size_t ThreadBuffers::lay_out(char* memory, const StepPlan& plan, const InferModel& m) {
+  const int64_t group = m.n_head / m.n_kv_head, dh = m.d_head;
   const int64_t rows = round_up(std::max(attend_rows, group), 16), kp = padded_k(plan.max_k), dp = round_up(dh, 32);
   Cursor at{memory};
   at.take(&row, kp);
@@ -119,6 +120,9 @@ size_t ThreadBuffers::lay_out(char* memory, const StepPlan& plan, int64_t group,
   at.take(&c2, staging_floats);
   at.take(&tiles, 4 * infer_panel * kp);
   at.take(&operand, operand_bytes(1, plan.max_k));
+  at.take(&groups, m.n_expert_per_tok + m.n_shared);
+  at.take(&experts, m.n_expert_per_tok);
+  at.take(&expert_weights, m.n_expert_per_tok);
   at.take(&q, group * dh);
   at.take(&attend, (4 * infer_key_block * dp + rows * (3 * dp + 2 * infer_key_block + 4)) * 4 + 4096);
   return at.used;

@@ -45,7 +45,8 @@ struct Operand {
 // Rows that go through the same feed-forward weights: all tokens of a dense model, an expert's, a shared expert's.
 struct FfnGroup {
   const InferMatrix *gate_up = nullptr, *down = nullptr;
-  int64_t row0 = 0, rows = 0;  // in the operands and, for experts, in expert_out; row0 is a multiple of 16
+  int64_t row0 = 0, rows = 0;  // of the inner activations and, for experts, of expert_out; row0 is a multiple of 16
+  int64_t input_row = 0;       // row0 in the operand that comes in
 };
 
 // Where decode's share of a thread begins: blocks of keys of items (sequence, kv head) in order.
@@ -75,10 +76,13 @@ struct ThreadBuffers {
   float *row = nullptr, *c = nullptr, *c2 = nullptr;  // a row of any width; staging of products
   uint16_t* tiles = nullptr;                          // 4 panels of expanded weights
   char* operand = nullptr;                            // of one row
-  float* q = nullptr;                                 // rotated queries of one kv head
-  char* attend = nullptr;                             // AttendArgs::scratch
+  FfnGroup* groups = nullptr;                         // of one token
+  int32_t* experts = nullptr;
+  float* expert_weights = nullptr;
+  float* q = nullptr;      // rotated queries of one kv head
+  char* attend = nullptr;  // AttendArgs::scratch
 
-  size_t lay_out(char* memory, const StepPlan& plan, int64_t group, int64_t d_head);
+  size_t lay_out(char* memory, const StepPlan& plan, const InferModel& m);
 };
 
 }  // namespace mm::cpu

@@ -42,7 +42,8 @@ WeightStream Worker::stream_to(const InferMatrix& w, int64_t end_panel, const In
   const char* end = static_cast<const char*>(w.data) + end_panel * panel_bytes(w.format, w.k);
   if (next == nullptr) return {end, static_cast<const char*>(w.data)};
   // Of gate and up rows side by side the thread begins with the first half.
-  const int64_t first = next->n == 2 * m_.d_ff && next->n % 64 == 0 ? 2 * begin_of(next->n / 64) : begin_of(panels_of(next->n));
+  const int64_t first =
+      next->n == 2 * m_.d_ff && next->n % 64 == 0 ? 2 * begin_of(next->n / 64) : begin_of(panels_of(next->n));
   return {end, static_cast<const char*>(next->data) + first * panel_bytes(next->format, next->k)};
 }
 
@@ -51,8 +52,7 @@ void Worker::few(float* c, const Operand& x, int64_t row0, int64_t rows, const I
   const char* at = static_cast<const char*>(w.data) + panel * panel_bytes(w.format, w.k);
   switch (x.kind) {
     case OperandKind::f32:
-      k_.few_f32(c, few_columns, reinterpret_cast<const float*>(at), w.k, panels, x.f32(row0), w.k, rows,
-                 stream);
+      k_.few_f32(c, few_columns, reinterpret_cast<const float*>(at), w.k, panels, x.f32(row0), w.k, rows, stream);
       break;
     case OperandKind::bf16:
       if (w.format == WeightFormat::i8) {  // rows of a group of experts: too few for many, operands are bf16 already
@@ -133,18 +133,19 @@ void Worker::product_swiglu(const Operand& x, const FfnGroup& g, const Operand& 
   float a[32];
   const bool streams = use_few(x, g.rows);
   // Half of gate_up's own panels are gate rows, so its stream starts where the thread's share of units does.
-  const WeightStream gate = stream_to(w, 2 * end_of(units), nullptr), ups = stream_to(w, up + 2 * end_of(units), g.down);
+  const WeightStream gate = stream_to(w, 2 * end_of(units), nullptr),
+                     ups = stream_to(w, up + 2 * end_of(units), g.down);
   for (int64_t u = begin_of(units); u < end_of(units); u++) {
     const uint16_t *gate_tiles = nullptr, *up_tiles = nullptr;
     if (!streams) gate_tiles = expanded(w, 2 * u, 2, 0), up_tiles = expanded(w, up + 2 * u, 2, 2);
     for (int64_t r = 0; r < g.rows; r += 32) {
       const int64_t n_row = std::min<int64_t>(32, g.rows - r), ldc = streams ? few_columns : 32;
       if (streams) {
-        few(b_.c, x, g.row0 + r, n_row, w, 2 * u, 2, gate);
-        few(b_.c2, x, g.row0 + r, n_row, w, up + 2 * u, 2, ups);
+        few(b_.c, x, g.input_row + r, n_row, w, 2 * u, 2, gate);
+        few(b_.c2, x, g.input_row + r, n_row, w, up + 2 * u, 2, ups);
       } else {
-        many(b_.c, x, g.row0 + r, n_row, 2, gate_tiles);
-        many(b_.c2, x, g.row0 + r, n_row, 2, up_tiles);
+        many(b_.c, x, g.input_row + r, n_row, 2, gate_tiles);
+        many(b_.c2, x, g.input_row + r, n_row, 2, up_tiles);
       }
       for (int64_t i = 0; i < n_row; i++) {
         k_.swiglu(a, b_.c + i * ldc, b_.c2 + i * ldc, 32);
@@ -166,8 +167,8 @@ void Worker::ffn_inner(const Operand& x, const FfnGroup* groups, int64_t n_group
   }
   const int64_t f = act->k;
   for (int64_t g = 0; g < n_group; g++)
-    product(x, groups[g].row0, groups[g].rows, *groups[g].gate_up, p_.gate_up + groups[g].row0 * 2 * f, 2 * f, false,
-            groups[g].down);
+    product(x, groups[g].input_row, groups[g].rows, *groups[g].gate_up, p_.gate_up + groups[g].row0 * 2 * f, 2 * f,
+            false, groups[g].down);
   barrier();
   for (int64_t g = 0; g < n_group; g++) {
     for (int64_t r = begin_of(groups[g].rows); r < end_of(groups[g].rows); r++) {

@@ -77,9 +77,10 @@ class Worker {
   void combine_token(int64_t token, float* to) const;  // attention of one token, all heads
 
   // infer_moe.cpp
-  void route(const InferLayer& layer, int64_t token);
+  void route(const InferLayer& layer, const float* h, int32_t* chosen, float* weights) const;
   void order_experts(const InferLayer& layer);
-  void moe_half(const InferLayer& layer);
+  void moe_alone(const InferLayer& layer, const InferMatrix* next);
+  void moe_half(const InferLayer& layer, const InferMatrix* next);
 
   void barrier() { s_.barrier.wait(n_); }
   // This thread's part of n units of work.

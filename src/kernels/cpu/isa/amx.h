@@ -65,8 +65,8 @@ struct KvRows {
               _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(m, static_cast<const uint16_t*>(base) + at)));
           break;
         default: {
-          const __m512 q = _mm512_cvtepi32_ps(
-              _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(m, static_cast<const int8_t*>(base) + at)));
+          const __m512 q =
+              _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(m, static_cast<const int8_t*>(base) + at)));
           x = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(q, _mm512_set1_ps(scales[row * a.ld_scale])));
         }
       }

@@ -20,8 +20,8 @@ void widen(float* y, KvFormat format, const void* base, int64_t at, float scale,
       case KvFormat::f16: return f16_to_ps(p);
       case KvFormat::i8: break;
     }
-    return _mm256_mul_ps(
-        _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))), s);
+    return _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))),
+                         s);
   };
   const int64_t bytes = format == KvFormat::f32 ? 4 : format == KvFormat::i8 ? 1 : 2;
   const char* p = static_cast<const char*>(base) + at * bytes;
@@ -136,8 +136,7 @@ struct Attention {
     for (int64_t j0 = a.key_begin / kb * kb; j0 < a.key_end; j0 += kb) {
       const int64_t lo = j0 < a.key_begin ? a.key_begin - j0 : 0, hi = a.key_end - j0 < kb ? a.key_end - j0 : kb;
       for (int64_t j = lo; j < hi; j++) {
-        const int64_t key = j0 + j,
-                      row = a.table[key >> a.block_shift] + (key & ((int64_t{1} << a.block_shift) - 1));
+        const int64_t key = j0 + j, row = a.table[key >> a.block_shift] + (key & ((int64_t{1} << a.block_shift) - 1));
         widen(k + j * d8, a.format, a.k, row * a.ld_kv, a.k_scale != nullptr ? a.k_scale[row * a.ld_scale] : 1, dh);
         widen(v + j * d8, a.format, a.v, row * a.ld_kv, a.v_scale != nullptr ? a.v_scale[row * a.ld_scale] : 1, dh);
       }

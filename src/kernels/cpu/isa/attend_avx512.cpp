@@ -1,5 +1,5 @@
-// Attention of a block of query rows in fp32 with AVX-512: the algorithm of simd/infer_attention.cpp. Keys of a block are
-// transposed, so scores are vectors over keys; 4 rows share every load of keys and of values.
+// Attention of a block of query rows in fp32 with AVX-512: the algorithm of simd/infer_attention.cpp. Keys of a block
+// are transposed, so scores are vectors over keys; 4 rows share every load of keys and of values.
 #include "kernels/cpu/isa/avx512.h"
 #include "kernels/cpu/isa/infer_isa.h"
 
@@ -25,7 +25,8 @@ struct Attention {
   int64_t dh, d16, rows;
   float *kt, *v, *acc, *s, *row_max, *row_sum;  // [d16][64], [64][d16], [rows][d16], [4][64]
 
-  explicit Attention(const AttendArgs& args) : a(args), dh(a.d_head), d16((dh + 15) / 16 * 16), rows(a.n_tok * a.group) {
+  explicit Attention(const AttendArgs& args)
+      : a(args), dh(a.d_head), d16((dh + 15) / 16 * 16), rows(a.n_tok * a.group) {
     auto* at = static_cast<float*>(a.scratch);
     const auto take = [&](int64_t n) { return at += n, at - n; };
     kt = take(kb * d16), v = take(kb * d16), acc = take(rows * d16), s = take(4 * kb);
@@ -37,9 +38,7 @@ struct Attention {
     int64_t row[kb];
     for (int64_t j = 0; j < kb; j++) {
       const int64_t key = j0 + j;
-      row[j] = j >= lo && j < hi
-                   ? a.table[key >> a.block_shift] + (key & ((int64_t{1} << a.block_shift) - 1))
-                   : -1;
+      row[j] = j >= lo && j < hi ? a.table[key >> a.block_shift] + (key & ((int64_t{1} << a.block_shift) - 1)) : -1;
     }
     for (int64_t d = 0; d < d16; d += 16) {
       const __mmask16 m = first_lanes(dh - d);
@@ -82,7 +81,8 @@ struct Attention {
       }
     }
     for (int r = 0; r < R; r++)
-      for (int j = 0; j < 4; j++) _mm512_storeu_ps(s + r * kb + 16 * j, _mm512_mul_ps(x[r][j], _mm512_set1_ps(a.scale)));
+      for (int j = 0; j < 4; j++)
+        _mm512_storeu_ps(s + r * kb + 16 * j, _mm512_mul_ps(x[r][j], _mm512_set1_ps(a.scale)));
   }
 
   // Keys [lo, end) of row r, whose scores are line i of s; returns the factor of the sums so far.

@@ -190,11 +190,13 @@ struct FewRows {
     const __m512i first = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0),
                   second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
     for (int64_t r = 0; r < rows; r++) {
-      float* to = a.partial != nullptr ? a.partial + r * (kv.dh + 2) : a.out + r / a.group * a.ldo + r % a.group * kv.dh;
+      float* to =
+          a.partial != nullptr ? a.partial + r * (kv.dh + 2) : a.out + r / a.group * a.ldo + r % a.group * kv.dh;
       const __m512 inv = _mm512_set1_ps(a.partial != nullptr ? 1.0f : 1.0f / s[r]);
       for (int64_t c = 0; c < d32; c += 32) {
         const __m512 lo = _mm512_loadu_ps(o + r * d32 + c), hi = _mm512_loadu_ps(o + r * d32 + c + 16);
-        _mm512_mask_storeu_ps(to + c, first_lanes(kv.dh - c), _mm512_mul_ps(_mm512_permutex2var_ps(lo, first, hi), inv));
+        _mm512_mask_storeu_ps(to + c, first_lanes(kv.dh - c),
+                              _mm512_mul_ps(_mm512_permutex2var_ps(lo, first, hi), inv));
         if (kv.dh - c > 16) {
           _mm512_mask_storeu_ps(to + c + 16, first_lanes(kv.dh - c - 16),
                                 _mm512_mul_ps(_mm512_permutex2var_ps(lo, second, hi), inv));

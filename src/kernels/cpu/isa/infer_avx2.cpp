@@ -70,8 +70,8 @@ void few_f32_1(float* out, const float* w, int64_t k, int64_t panels, const floa
     }
     for (; i < k; i++, w += 16) add(0);
     for (int h = 0; h < 2; h++)
-      _mm256_storeu_ps(out + p * 16 + 8 * h, _mm256_add_ps(_mm256_add_ps(acc[0][h], acc[1][h]),
-                                                           _mm256_add_ps(acc[2][h], acc[3][h])));
+      _mm256_storeu_ps(out + p * 16 + 8 * h,
+                       _mm256_add_ps(_mm256_add_ps(acc[0][h], acc[1][h]), _mm256_add_ps(acc[2][h], acc[3][h])));
   }
 }
 
@@ -138,8 +138,8 @@ void few_bf16_1(float* out, const uint16_t* w, int64_t kp, int64_t panels, const
       }
     }
     for (int h = 0; h < 2; h++)
-      _mm256_storeu_ps(out + p * 16 + 8 * h, _mm256_add_ps(_mm256_add_ps(even[0][h], even[1][h]),
-                                                           _mm256_add_ps(odd[0][h], odd[1][h])));
+      _mm256_storeu_ps(out + p * 16 + 8 * h,
+                       _mm256_add_ps(_mm256_add_ps(even[0][h], even[1][h]), _mm256_add_ps(odd[0][h], odd[1][h])));
   }
 }
 
@@ -169,8 +169,7 @@ void few_i8_m(float* out, int64_t ldo, const uint8_t* w, int64_t kp, int64_t pan
         const __m256i a = load(x + r * ldx + g * 32);
         _mm256_store_si256(reinterpret_cast<__m256i*>(even[r]), _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8));
         _mm256_store_si256(reinterpret_cast<__m256i*>(odd[r]), _mm256_srai_epi16(a, 8));
-        sum[r][0] = sum[r][1] =
-            _mm256_set1_epi32(reinterpret_cast<const int32_t*>(x + r * ldx + kp + kp / 32 * 4)[g]);
+        sum[r][0] = sum[r][1] = _mm256_set1_epi32(reinterpret_cast<const int32_t*>(x + r * ldx + kp + kp / 32 * 4)[g]);
       }
 #pragma GCC unroll 8
       for (int q = 0; q < 8; q++) {
@@ -180,8 +179,10 @@ void few_i8_m(float* out, int64_t ldo, const uint8_t* w, int64_t kp, int64_t pan
 #pragma GCC unroll 4
         for (int r = 0; r < M; r++) {
           const __m256i xe = _mm256_set1_epi32(even[r][q]), xo = _mm256_set1_epi32(odd[r][q]);
-          sum[r][0] = _mm256_add_epi32(sum[r][0], _mm256_add_epi32(_mm256_madd_epi16(e0, xe), _mm256_madd_epi16(o0, xo)));
-          sum[r][1] = _mm256_add_epi32(sum[r][1], _mm256_add_epi32(_mm256_madd_epi16(e1, xe), _mm256_madd_epi16(o1, xo)));
+          sum[r][0] =
+              _mm256_add_epi32(sum[r][0], _mm256_add_epi32(_mm256_madd_epi16(e0, xe), _mm256_madd_epi16(o0, xo)));
+          sum[r][1] =
+              _mm256_add_epi32(sum[r][1], _mm256_add_epi32(_mm256_madd_epi16(e1, xe), _mm256_madd_epi16(o1, xo)));
         }
       }
       const __m256 s0 = f16_to_ps(block + 1024 + g % 2 * 32), s1 = f16_to_ps(block + 1024 + g % 2 * 32 + 16);
@@ -215,8 +216,8 @@ void expand_i8(uint16_t* tiles, const uint8_t* w, int64_t kp) {
       for (int q = 0; q < 8; q++) {
         const __m256i v = load(block + g % 2 * 512 + q * 64 + h * 32);
         const auto value = [&](__m256i x) {
-          return narrow_bf16(_mm256_mul_ps(
-              _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_and_si256(x, byte), offset)), scale));
+          return narrow_bf16(
+              _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_and_si256(x, byte), offset)), scale));
         };
         const __m256i x0 = value(v), x1 = value(_mm256_srli_epi32(v, 8)), x2 = value(_mm256_srli_epi32(v, 16)),
                       x3 = value(_mm256_srli_epi32(v, 24));

@@ -41,9 +41,7 @@ void put_bf16(uint16_t* row_base, const float* x, int64_t begin, int64_t n) {
 }
 
 // Largest absolute value as bits, in which NaN is above infinity, so it is not lost.
-MM_INLINE __m512i abs_bits(__m512 x) {
-  return _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff));
-}
+MM_INLINE __m512i abs_bits(__m512 x) { return _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff)); }
 
 void put_q8(int8_t* row, const float* x, int64_t begin, int64_t n, int64_t kp) {
   float* scales = reinterpret_cast<float*>(row + kp) + begin / 32;
@@ -131,8 +129,7 @@ void many_f32(float* c, const float* a, int64_t lda, int64_t k, int64_t rows, co
 }
 
 // One row: its sums run in 4 vectors, so that latency hides behind 4 chains.
-void few_f32_1(float* out, const float* w, int64_t k, int64_t panels, const float* x,
-               const WeightStream& stream) {
+void few_f32_1(float* out, const float* w, int64_t k, int64_t panels, const float* x, const WeightStream& stream) {
   for (int64_t p = 0; p < panels; p++) {
     __m512 acc[4] = {};
     int64_t i = 0;
@@ -149,8 +146,8 @@ void few_f32_1(float* out, const float* w, int64_t k, int64_t panels, const floa
   }
 }
 
-void few_f32(float* out, int64_t ldo, const float* w, int64_t k, int64_t panels, const float* x, int64_t ldx,
-             int64_t m, const WeightStream& stream) {
+void few_f32(float* out, int64_t ldo, const float* w, int64_t k, int64_t panels, const float* x, int64_t ldx, int64_t m,
+             const WeightStream& stream) {
   if (m == 1) {
     few_f32_1(out, w, k, panels, x, stream);
     return;
@@ -242,8 +239,8 @@ void few_i8_m(float* out, int64_t ldo, const uint8_t* w, int64_t kp, int64_t pan
     for (int64_t g = 0; g < kp / 32; g++) {
       const uint8_t* group = w + g / 2 * infer_i8_block + g % 2 * 512;
       const char* soon = ahead_of(group, stream);
-      const __m512 ws = _mm512_cvtph_ps(_mm256_loadu_si256(
-          reinterpret_cast<const __m256i*>(w + g / 2 * infer_i8_block + 1024 + g % 2 * 32)));
+      const __m512 ws = _mm512_cvtph_ps(
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + g / 2 * infer_i8_block + 1024 + g % 2 * 32)));
       __m512i sum[M];
       for (int r = 0; r < M; r++)
         sum[r] = _mm512_set1_epi32(reinterpret_cast<const int32_t*>(x + r * ldx + kp + kp / 32 * 4)[g]);
@@ -255,8 +252,7 @@ void few_i8_m(float* out, int64_t ldo, const uint8_t* w, int64_t kp, int64_t pan
 #pragma GCC unroll 4
         for (int r = 0; r < M; r++) {
           const __m512i a = set1_quad(x + r * ldx + g * 32 + q * 4);
-          sum[r] = _mm512_add_epi32(
-              sum[r], _mm512_madd_epi16(even, _mm512_srai_epi16(_mm512_slli_epi16(a, 8), 8)));
+          sum[r] = _mm512_add_epi32(sum[r], _mm512_madd_epi16(even, _mm512_srai_epi16(_mm512_slli_epi16(a, 8), 8)));
           sum[r] = _mm512_add_epi32(sum[r], _mm512_madd_epi16(odd, _mm512_srai_epi16(a, 8)));
         }
       }
@@ -281,8 +277,8 @@ void expand_i8(uint16_t* tiles, const uint8_t* w, int64_t kp) {
   const __m512i byte = _mm512_set1_epi32(255), offset = _mm512_set1_epi32(128);
   for (int64_t g = 0; g < kp / 32; g++, tiles += infer_tile) {
     const uint8_t* group = w + g / 2 * infer_i8_block + g % 2 * 512;
-    const __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256(
-        reinterpret_cast<const __m256i*>(w + g / 2 * infer_i8_block + 1024 + g % 2 * 32)));
+    const __m512 scale = _mm512_cvtph_ps(
+        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + g / 2 * infer_i8_block + 1024 + g % 2 * 32)));
     for (int q = 0; q < 8; q++) {
       const __m512i v = _mm512_loadu_si512(group + q * 64);
       const auto value = [&](__m512i x) {

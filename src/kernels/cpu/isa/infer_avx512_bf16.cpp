@@ -1,6 +1,6 @@
 // Kernels for AVX-512 with VNNI and BF16 (Zen 4, Cooper Lake, Sapphire Rapids without AMX).
-#include "kernels/cpu/isa/infer_isa.h"
 #include "kernels/cpu/isa/avx512.h"
+#include "kernels/cpu/isa/infer_isa.h"
 
 namespace mm {
 
@@ -8,7 +8,7 @@ namespace {
 
 // One row: its sums run in 4 vectors (the pairs of a tile in turn), so that latency hides behind 4 chains.
 void few_bf16_1(float* out, const uint16_t* w, int64_t kp, int64_t panels, const uint16_t* x,
-             const WeightStream& stream) {
+                const WeightStream& stream) {
   for (int64_t p = 0; p < panels; p++) {
     __m512 acc[4] = {};
     for (int64_t t = 0; t < kp / 32; t++, w += infer_tile) {
@@ -17,7 +17,8 @@ void few_bf16_1(float* out, const uint16_t* w, int64_t kp, int64_t panels, const
 #pragma GCC unroll 16
       for (int i = 0; i < 16; i++) {
         prefetch(soon + i * 64);
-        acc[i % 4] = _mm512_dpbf16_ps(acc[i % 4], (__m512bh)_mm512_loadu_si512(w + i * 32), (__m512bh)set1_quad(a + 2 * i));
+        acc[i % 4] =
+            _mm512_dpbf16_ps(acc[i % 4], (__m512bh)_mm512_loadu_si512(w + i * 32), (__m512bh)set1_quad(a + 2 * i));
       }
     }
     _mm512_storeu_ps(out + p * 16, _mm512_add_ps(_mm512_add_ps(acc[0], acc[1]), _mm512_add_ps(acc[2], acc[3])));
@@ -27,7 +28,7 @@ void few_bf16_1(float* out, const uint16_t* w, int64_t kp, int64_t panels, const
 // M rows and one panel: every weight vector serves M rows.
 template <int M>
 void few_bf16_m(float* out, int64_t ldo, const uint16_t* w, int64_t kp, int64_t panels, const uint16_t* x,
-             const WeightStream& stream) {
+                const WeightStream& stream) {
   for (int64_t p = 0; p < panels; p++) {
     __m512 acc[M] = {};
     for (int64_t t = 0; t < kp / 32; t++, w += infer_tile) {
@@ -85,8 +86,7 @@ void few_i8_m(float* out, int64_t ldo, const uint8_t* w, int64_t kp, int64_t pan
           for (int r = 0; r < M; r++)
             sum[r] = _mm512_dpbusd_epi32(sum[r], wq, set1_quad(x + r * ldx + b * 64 + g * 32 + q * 4));
         }
-        const __m512 ws =
-            _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + 1024 + g * 32)));
+        const __m512 ws = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + 1024 + g * 32)));
 #pragma GCC unroll 8
         for (int r = 0; r < M; r++) {
           const __m512 s = _mm512_mul_ps(ws, _mm512_set1_ps(scales[r][2 * b + g]));
@@ -116,8 +116,8 @@ void few_i8(float* out, int64_t ldo, const uint8_t* w, int64_t kp, int64_t panel
 // second product has 9 + 11 bits.
 void expand_i8(uint16_t* tiles, const uint8_t* w, int64_t kp) {
   const __m512i mask = _mm512_set1_epi32(0xff00), magic = _mm512_set1_epi32(0x47000000);
-  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
-                                              21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
+                                              6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   for (int64_t b = 0; b < kp / 64; b++, w += infer_i8_block) {
     for (int g = 0; g < 2; g++, tiles += infer_tile) {
       const __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + 1024 + g * 32)));

@@ -6,8 +6,8 @@ namespace mm::MM_ISA {
 
 constexpr int n_lane = 16;
 
-void few_f32(float* out, int64_t ldo, const float* w, int64_t k, int64_t panels, const float* x, int64_t ldx,
-             int64_t m, const WeightStream& /*stream*/) {
+void few_f32(float* out, int64_t ldo, const float* w, int64_t k, int64_t panels, const float* x, int64_t ldx, int64_t m,
+             const WeightStream& /*stream*/) {
   for (int64_t p = 0; p < panels; p++, w += k * n_lane) {
     for (int64_t r = 0; r < m; r++) {
       float acc[n_lane] = {};

@@ -14,8 +14,8 @@ void infer_put_bf16(uint16_t* row_base, const float* x, int64_t begin, int64_t n
 void infer_put_q8(int8_t* row, const float* x, int64_t begin, int64_t n, int64_t kp);
 void infer_bf16_row(float* y, const uint16_t* x, int64_t n);
 
-void few_f32(float* out, int64_t ldo, const float* w, int64_t k, int64_t panels, const float* x, int64_t ldx,
-             int64_t m, const WeightStream& stream);
+void few_f32(float* out, int64_t ldo, const float* w, int64_t k, int64_t panels, const float* x, int64_t ldx, int64_t m,
+             const WeightStream& stream);
 void few_bf16(float* out, int64_t ldo, const uint16_t* w, int64_t kp, int64_t panels, const uint16_t* x, int64_t m,
               const WeightStream& stream);
 void few_i8(float* out, int64_t ldo, const uint8_t* w, int64_t kp, int64_t panels, const int8_t* x, int64_t ldx,
