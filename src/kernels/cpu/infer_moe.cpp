@@ -95,13 +95,15 @@ void Worker::moe_half(const InferLayer& layer, const InferMatrix* next) {
   barrier();
   const FfnGroup& last = p_.groups[n_group - 1];
   const int64_t n_slot = round_up(last.row0 + last.rows, infer_panel);
-  const OperandKind kind = kind_for(layer.expert_gate_up[0], p_.n_tok);
+  int64_t most = 0;
+  for (int64_t g = 0; g < n_group; g++) most = std::max(most, p_.groups[g].rows);
+  const OperandKind kind = kind_for(layer.expert_gate_up[0], most);
   const Operand h{kind, d, padded_k(d), p_.operand};
   for (int64_t s = begin_of(n_slot); s < end_of(n_slot); s++) {
     if (p_.slot_token[s] >= 0) put_row(h, s, p_.h + p_.slot_token[s] * d);
   }
   barrier();
-  Operand act{kind_for(layer.expert_down[0], p_.n_tok), 0, 0, p_.act};
+  Operand act{kind_for(layer.expert_down[0], most), 0, 0, p_.act};
   ffn_inner(h, p_.groups, n_group, &act);
   for (int64_t g = 0; g < n_group; g++)
     product(act, p_.groups[g].row0, p_.groups[g].rows, *p_.groups[g].down, p_.expert_out + p_.groups[g].row0 * d, d,
