@@ -94,7 +94,7 @@ export class ServerPane {
     set('srvRunning', get('requests_running'), count);
     set('srvQueue', get('requests_waiting'), count);
     set('srvKv', get('kv_blocks_used') / get('kv_blocks'), percent);
-    set('srvHits', get('prefix_hit_tokens_total') / get('prompt_tokens_total'), percent);
+    set('srvHits', get('answered_cached_tokens_total') / get('answered_prompt_tokens_total'), percent);
     set('srvTtft', get('time_to_first_token_seconds_sum') / get('time_to_first_token_seconds_count'), (s) => duration(s * 1000));
     set('srvFinished', get('requests_finished_total'), count);
     const {rates} = this, peak = Math.max(1, ...rates), now = rates.length ? rates[rates.length - 1] : 0;

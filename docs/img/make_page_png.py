@@ -96,8 +96,8 @@ class Load:
         self.calls += 1
         self.tokens += int(90 + 30 * math.sin(self.calls / 6) + 18 * math.sin(self.calls / 2.3) + self.draw.uniform(-9, 9))
         return "".join(f"minimind_{name} {value}\n" for name, value in {
-            "requests_running": 6, "requests_waiting": 2, "kv_blocks": 384, "kv_blocks_used": 104, "prompt_tokens_total": 48210,
-            "prefix_hit_tokens_total": 30110, "generated_tokens_total": self.tokens, "requests_finished_total": 1320,
+            "requests_running": 6, "requests_waiting": 2, "kv_blocks": 384, "kv_blocks_used": 104, "answered_prompt_tokens_total": 48210,
+            "answered_cached_tokens_total": 30110, "generated_tokens_total": self.tokens, "requests_finished_total": 1320,
             "time_to_first_token_seconds_sum": 2.61, "time_to_first_token_seconds_count": 320}.items())
 
 

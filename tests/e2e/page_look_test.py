@@ -18,8 +18,8 @@ BLOCKS = {"block_size": 16, "n_block": 20, "cached": [4, 6], "owners": [
 
 def metrics(tokens):
     return (f"# HELP minimind_requests_running x\n# TYPE minimind_requests_running gauge\nminimind_requests_running 3\n"
-            f"minimind_requests_waiting 2\nminimind_kv_blocks 200\nminimind_kv_blocks_used 50\nminimind_prompt_tokens_total 1000\n"
-            f"minimind_prefix_hit_tokens_total 250\nminimind_generated_tokens_total {tokens}\nminimind_requests_finished_total 1234\n"
+            f"minimind_requests_waiting 2\nminimind_kv_blocks 200\nminimind_kv_blocks_used 50\nminimind_answered_prompt_tokens_total 1000\n"
+            f"minimind_answered_cached_tokens_total 250\nminimind_generated_tokens_total {tokens}\nminimind_requests_finished_total 1234\n"
             f'minimind_time_to_first_token_seconds_bucket{{le="+Inf"}} 4\nminimind_time_to_first_token_seconds_sum 0.1\n'
             f"minimind_time_to_first_token_seconds_count 4\n")
 

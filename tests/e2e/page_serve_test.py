@@ -68,6 +68,8 @@ def test_json_schema_and_tools(minimind_server, open_page):
 def test_stop_and_blocks(minimind_server, open_page):
     before = minimind_server.metrics()
     page = open_page(minimind_server.url)
+    settings(page, max_tokens="4")
+    ask(page, "One answer in full.")
     settings(page, max_tokens="1500", schema=json.dumps({"type": "string", "minLength": 100000}))  # it has much to say
     page.click("[data-panel=blocks]")
     ask(page, "Go on for a long time.", wait=False)
