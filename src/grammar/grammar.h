@@ -60,7 +60,8 @@ class GrammarState {
   GrammarState(GrammarState&&) noexcept;
   ~GrammarState();
   // Bit i of word i / 32: token i may come next. [ceil(n_vocab / 32)] words. Tokens in `stop_ids` are allowed exactly
-  // where the text may end. When nothing may come but the end, only they are set.
+  // where the text may end, and are not for accept(). When nothing may come but the end, only they are set. No bit at
+  // all: the text cannot go on (a vocabulary without the bytes it needs, or a grammar too ambiguous to follow).
   void mask(std::span<uint32_t> bits, std::span<const int32_t> stop_ids) const;
   bool accept(int32_t id);  // false, and unchanged, when the token is not allowed
   bool complete() const;    // the text may end here

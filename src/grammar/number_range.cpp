@@ -45,15 +45,16 @@ NodeId natural_node(GraphBuilder& b, int64_t low, int64_t high) {  // 0 <= low
   std::vector<NodeId> choices;
   int whole_from = 0, whole_to = 0;  // lengths of which all numbers are in
   int64_t first = 0, end = 10;       // of this many digits
-  for (int n = 1; n <= kMaxIntegerDigits; n++, first = end, end *= 10) {
+  for (int n = 1; n <= kMaxIntegerDigits && first <= high; n++) {
     const int64_t from = std::max(first, low), to = std::min(end - 1, high);
-    if (from > to) continue;
-    if (n == 1 || from > first || to < end - 1) {
+    if (from <= to && (n == 1 || from > first || to < end - 1)) {
       choices.push_back(digits_between(b, std::to_string(from), std::to_string(to), true, true));
-    } else {
+    } else if (from <= to) {
       whole_from = whole_from == 0 ? n : whole_from;
       whole_to = n;
     }
+    first = end;
+    if (n < kMaxIntegerDigits) end *= 10;
   }
   if (whole_from > 0) choices.push_back(b.seq(b.byte(digit_set(1, 9)), digits(b, whole_from - 1, whole_to - 1)));
   return b.alt(std::move(choices));
