@@ -302,7 +302,7 @@ TEST(GrammarState, MasksAreCheap) {
     for (auto* times : {&first, &again, &accepts}) std::sort(times->begin(), times->end());
     std::printf("  %zu places: mask first %.1f us (worst %.1f), again %.2f us, accept %.2f us\n", first.size(),
                 first[first.size() / 2], first.back(), again[again.size() / 2], accepts[accepts.size() / 2]);
-    EXPECT_LT(first.back(), 20'000);
+    EXPECT_LT(first[first.size() * 3 / 4], 5'000);  // not the worst: other programs take the processor now and then
     EXPECT_LT(again[again.size() / 2], 20);
   }
 }
