@@ -19,7 +19,7 @@ def browser():
     if path is None:
         pytest.skip("the chat page was not tested: no Chromium here; make setup-dev installs it")
     with api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=path)
+        chromium = playwright.chromium.launch(executable_path=path, args=["--disable-dev-shm-usage"])
         yield chromium
         chromium.close()
 
