@@ -64,6 +64,7 @@ static void serve(ServeFlags& f, const Globals& globals) {
   const Tokenizer tokenizer = Tokenizer::load(f.model);
   for (const int64_t id : {static_cast<int64_t>(tokenizer.eos_id()), static_cast<int64_t>(model->config.eos_token_id)})
     if (id >= 0) f.server.stop_ids.push_back(static_cast<int32_t>(id));
+  f.engine.warm_up = true;
   Engine engine(*model, tokenizer, f.engine, draft.get());
   model.reset();  // the engine has its own weights
   draft.reset();

@@ -6,6 +6,7 @@
 
 #include "base/error.h"
 #include "base/log.h"
+#include "base/progress.h"
 #include "engine/kv_views.h"
 
 namespace mm {
@@ -29,17 +30,16 @@ T* in(const Buffer& block, size_t at) {
 
 }  // namespace
 
-// Few sizes of steps, so that few graphs and few choices of products serve all.
+// Few sizes of steps, so that few graphs and few choices of products serve all. Batch-invariant: one, so that the same
+// kernels compute a row whatever else is in the step; and every token attends row by row.
 int64_t CudaRunner::bucket(int64_t n) const {
-  if (options_.batch_invariant) return n <= limits_.max_out ? limits_.max_out : limits_.max_tok;
+  if (options_.batch_invariant) return limits_.max_tok;
   const int64_t b = n <= 16    ? static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(n)))
                     : n <= 128 ? round_up(n, 16)
                     : n <= 512 ? round_up(n, 64)
                                : round_up(n, 256);
   return std::min(b, limits_.max_tok);
 }
-
-static int64_t scratch_rows(const RunnerLimits& l) { return l.max_tok + round_up(l.context, 256); }
 
 CudaRunner::CudaRunner(const Model& model, const EngineOptions& options, const RunnerLimits& limits)
     : options_(options),
@@ -49,7 +49,7 @@ CudaRunner::CudaRunner(const Model& model, const EngineOptions& options, const R
       kv_buffer_(static_cast<size_t>(limits.n_row) * kv_bytes_per_token(model.config, options.kv), Memory::cuda),
       kv_(kv_views(model.config, options.kv, limits.n_row, kv_buffer_)),
       acts_(model.config, limits.max_tok, /*train=*/false, dev_),
-      scratch_(model.config, limits.max_out, scratch_rows(limits), dev_),
+      scratch_(model.config, limits.max_out, std::max(limits.max_tok, limits.prompt_keys), dev_),
       prompt_stage_(dev_, limits.max_tok, model.config.num_key_value_heads) {
   const int64_t table_ld = std::max<int64_t>(
       16, std::bit_ceil(static_cast<uint64_t>(limits.context / std::max<int64_t>(1, options.block_size) + 1)));
@@ -112,7 +112,7 @@ CudaRunner::Shape CudaRunner::shape_of(const StepBatch& b) const {
   for (; seq < b.n_seq(); seq++) {
     const auto i = static_cast<size_t>(seq);
     const int64_t n = b.cu[i + 1] - b.cu[i];
-    if (n > short_rows) break;
+    if (n > short_rows && !options_.batch_invariant) break;
     one_each &= n == 1;
     s.n_decode += n;
   }
@@ -122,8 +122,8 @@ CudaRunner::Shape CudaRunner::shape_of(const StepBatch& b) const {
     s.gather |= b.kv_len[at] > b.cu[at + 1] - b.cu[at];
     s.gather_rows += b.kv_len[at];
   }
-  s.gather |= options_.batch_invariant && s.n_prompt > 0;
-  s.plain = s.n_prompt == 0 && one_each && b.n_out() == b.n_tok() && !b.hidden && b.n_tok() <= limits_.max_out;
+  s.plain = !options_.batch_invariant && s.n_prompt == 0 && one_each && b.n_out() == b.n_tok() && !b.hidden &&
+            b.n_tok() <= limits_.max_out;
   for (int64_t i = 0; i < b.n_out() && s.plain; i++) s.plain = b.out_rows[static_cast<size_t>(i)] == i;
   return s;
 }
@@ -203,7 +203,7 @@ void CudaRunner::upload_lists(Slot& slot, const StepBatch& b) {
 PagedBatch CudaRunner::device_batch(const Layout& l, const StepBatch& b, const Shape& shape) const {
   PagedBatch p{.n_tok = l.n_tok,
                .n_decode = shape.n_prompt == 0 ? l.n_tok : shape.n_decode,
-               .n_out = b.n_out(),
+               .n_out = l.n_out,
                .ids = at<int32_t>(l.ids),
                .positions = at<int32_t>(l.positions),
                .slots = at<int32_t>(l.slots),
@@ -241,8 +241,11 @@ void CudaRunner::run_decode(const StepBatch& b, const Layout& l, const Shape& sh
                      .next_ids = static_cast<int32_t*>(gpu_ids_.data())});
     return;
   }
+  run_graph(b, l, shape);
+}
+
+void CudaRunner::run_graph(const StepBatch& b, const Layout& l, const Shape& shape) {
   PagedBatch p = device_batch(l, b, shape);
-  p.n_out = l.n_out;
   p.out_rows = nullptr;
   logits_ = scratch_.logits.row_slice(0, l.n_out);
   graphs_.run(dev_, {l.n_tok, l.table_ld}, [&] {
@@ -278,8 +281,8 @@ void CudaRunner::run_prompts(const StepBatch& b, const Layout& l, Shape shape) {
   }
   ops::resolve_ids(dev_, at<int32_t>(l.ids), static_cast<const int32_t*>(gpu_ids_.data()), l.n_tok);
   paged_forward(dev_, weights_, kv_, p, acts_, scratch_, b.hidden);
-  if (b.hidden || b.n_out() == 0) return;
-  logits_ = scratch_.logits.row_slice(0, b.n_out());
+  if (b.hidden || l.n_out == 0) return;
+  logits_ = scratch_.logits.row_slice(0, l.n_out);
   ops::sample_rows(dev_, static_cast<int32_t*>(gpu_ids_.data()), logits_, at<RowSampling>(l.sampling),
                    static_cast<const LogitEdit*>(gpu_edits_.data()), static_cast<const uint32_t*>(gpu_masks_.data()));
 }
@@ -294,8 +297,12 @@ void CudaRunner::submit(const StepBatch& b) {
   for (const auto& t : b.tables) widest = std::max(widest, t.size());
   const auto table_ld = std::max<int64_t>(16, static_cast<int64_t>(std::bit_ceil(widest)));
   const int64_t n_tok = bucket(b.n_tok());
-  const Layout l = layout(n_tok, shape.plain ? n_tok : b.n_out(), std::max(b.n_seq(), shape.plain ? n_tok : int64_t{0}),
-                          table_ld, static_cast<int64_t>(b.copies.size()));
+  const int64_t n_out = options_.batch_invariant ? limits_.max_out
+                        : shape.plain            ? n_tok
+                        : b.n_out() == 0         ? 0
+                                                 : std::min(bucket(b.n_out()), limits_.max_out);
+  const Layout l = layout(n_tok, n_out, std::max(b.n_seq(), shape.plain ? n_tok : int64_t{0}), table_ld,
+                          static_cast<int64_t>(b.copies.size()));
   MM_CHECK(l.end <= gpu_block_.size(), "lists of {} bytes, planned for {}", l.end, gpu_block_.size());
   fill(slot, l, b, shape);
   copy_async(gpu_block_.data(), slot.block.data(), l.end, dev_.stream);
@@ -306,6 +313,30 @@ void CudaRunner::submit(const StepBatch& b) {
   fetch(slot, b);
   flying_.push_back(turn_);
   turn_ = (turn_ + 1) % n_slots;
+}
+
+// Steps of padding alone: they read and write no keys.
+void CudaRunner::warm_up() {
+  Progress progress("choosing kernels", limits_.max_tok, "tokens a step");
+  StepBatch nothing;
+  nothing.block_shift = std::bit_width(static_cast<uint64_t>(options_.block_size - 1));
+  for (int64_t n = 1; n <= limits_.max_tok; n = bucket(n) + 1) {
+    const Layout l = layout(bucket(n), std::min(bucket(n), limits_.max_out), 0, 16, 0);
+    Slot& slot = slots_[turn_];
+    slot.fence.wait();
+    fill(slot, l, nothing, {});
+    copy_async(gpu_block_.data(), slot.block.data(), l.end, dev_.stream);
+    if (n <= limits_.max_seq && !options_.batch_invariant) {
+      // Twice: the second time it is captured. The persistent kernel needs no preparation.
+      for (int i = 0; i < 2 && !(persistent_ && l.n_tok <= persistent_rows); i++) run_graph(nothing, l, {});
+    } else {
+      run_prompts(nothing, l, {});
+    }
+    slot.fence.record(dev_.stream);
+    turn_ = (turn_ + 1) % n_slots;
+    progress.set(n);
+  }
+  synchronize(dev_.stream);
 }
 
 // Queues the copies of what the host will want.

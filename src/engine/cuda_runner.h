@@ -18,6 +18,7 @@ class CudaRunner final : public Runner {
   int depth() const override { return 2; }
   void submit(const StepBatch& batch) override;
   void collect(StepResult& result) override;
+  void warm_up() override;
   std::string description() const override;
   void update(const Model& model) override { weights_.update(model); }
 
@@ -47,6 +48,7 @@ class CudaRunner final : public Runner {
   PagedBatch device_batch(const Layout& l, const StepBatch& batch, const Shape& shape) const;
   void run_prompts(const StepBatch& batch, const Layout& l, Shape shape);
   void run_decode(const StepBatch& batch, const Layout& l, const Shape& shape);
+  void run_graph(const StepBatch& batch, const Layout& l, const Shape& shape);
   void fetch(Slot& slot, const StepBatch& batch);
   template <class T>
   T* at(size_t offset) const {

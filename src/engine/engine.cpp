@@ -101,9 +101,11 @@ Engine::Engine(const Model& model, std::optional<Tokenizer> tokenizer, const Eng
   Impl& e = *impl_;
   e.options = options;
   const RunnerLimits limits = plan_limits(model.config, options);
+  auto runner = make_runner(model, options, limits);
+  if (options.warm_up) runner->warm_up();
   e.core = std::make_unique<EngineCore>(
-      EngineCore::Setup{options, limits, model.config.vocab_size, model.config.hidden_size},
-      make_runner(model, options, limits), std::move(tokenizer), make_draft(model.config, options, limits, draft));
+      EngineCore::Setup{options, limits, model.config.vocab_size, model.config.hidden_size}, std::move(runner),
+      std::move(tokenizer), make_draft(model.config, options, limits, draft));
   e.context = limits.context;
   e.stats = e.core->stats();
   const int64_t unit = options.kv_layout == KvLayout::paged ? options.block_size : limits.context;

@@ -25,7 +25,8 @@ EngineCore::EngineCore(Setup setup, std::unique_ptr<Runner> runner, std::optiona
       scheduler_({.max_sequences = setup_.options.max_sequences,
                   .step_tokens = setup_.limits.max_tok,
                   .static_batch = setup_.options.static_batch,
-                  .max_out = setup_.limits.max_out},
+                  .max_out = setup_.limits.max_out,
+                  .prompt_keys = setup_.limits.prompt_keys > 0 ? setup_.limits.prompt_keys : INT64_MAX},
                  kv_),
       start_(now_seconds()) {}
 

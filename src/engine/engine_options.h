@@ -30,6 +30,7 @@ struct EngineOptions {
   bool static_batch = false;     // a batch starts together and a new one only when all have ended
   bool prefix_cache = true;
   bool batch_invariant = false;
+  bool warm_up = false;      // before the first request: see Runner::warm_up
   int64_t ngram_draft = 0;   // speculative decoding: tokens proposed by looking up the last n-gram; 0: off
   int64_t draft_tokens = 0;  // the same by a draft model, which must then be given; 0: off
 };

@@ -68,10 +68,13 @@ RunnerLimits plan_limits(const ModelConfig& config, const EngineOptions& o) {
   if (!o.device.on_gpu() && o.weights == WeightFormat::f16) throw Error("weights", "f32, bf16 or i8 on the CPU", "f16");
   const int64_t a_step = o.max_sequences * (1 + draft);
   l.max_out = std::max<int64_t>(a_step, 16);
-  const int64_t step = o.step_tokens > 0 ? o.step_tokens : o.device.on_gpu() ? 4096 : 512;
+  // Batch-invariant on a GPU: every step has this size.
+  const int64_t usual = !o.device.on_gpu() ? 512 : o.batch_invariant ? 256 : 4096;
+  const int64_t step = o.step_tokens > 0 ? o.step_tokens : usual;
   l.max_tok = std::max(step, a_step);
   l.max_seq = o.max_sequences;
   l.max_tok = std::min(l.max_tok, std::max<int64_t>(a_step, o.max_sequences * l.context));
+  l.prompt_keys = l.max_tok + l.context;
 
   const bool paged = o.kv_layout == KvLayout::paged, concat = o.kv_layout == KvLayout::concat;
   const int64_t unit = paged ? o.block_size : concat ? 1 : l.context;

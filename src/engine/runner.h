@@ -44,11 +44,12 @@ struct StepResult {
 
 // What a runner was made for; it plans its memory from this once.
 struct RunnerLimits {
-  int64_t n_row = 0;    // rows of keys and values
-  int64_t max_tok = 0;  // of a step
-  int64_t max_seq = 0;  // of a step
-  int64_t max_out = 0;  // wanted rows of a step
-  int64_t context = 0;  // positions below this
+  int64_t n_row = 0;        // rows of keys and values
+  int64_t max_tok = 0;      // of a step
+  int64_t max_seq = 0;      // of a step
+  int64_t max_out = 0;      // wanted rows of a step
+  int64_t context = 0;      // positions below this
+  int64_t prompt_keys = 0;  // keys of the prompts of a step together (a GPU gathers them); at least the context
 };
 
 // Used from one thread at a time.
@@ -60,8 +61,10 @@ class Runner {
   virtual int depth() const { return 1; }
   virtual void submit(const StepBatch& batch) = 0;
   virtual void collect(StepResult& result) = 0;  // of the oldest step; waits
-  virtual std::string description() const = 0;   // "cpu, 4 threads, bf16 weights, bf16 keys and values"
-  virtual void update(const Model& model) = 0;   // other weights of the same shape; no step may be under way
+  // Does once, without any sequence, what the first step of every size does more slowly (choice of kernels, graphs).
+  virtual void warm_up() {}
+  virtual std::string description() const = 0;  // "cpu, 4 threads, bf16 weights, bf16 keys and values"
+  virtual void update(const Model& model) = 0;  // other weights of the same shape; no step may be under way
 };
 
 // Keys and values of one token, all layers.

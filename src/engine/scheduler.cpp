@@ -155,16 +155,19 @@ bool Scheduler::plan_decode(StepPlan& plan, Sequence& s, int64_t& budget, bool i
   return true;
 }
 
-void Scheduler::plan_prompt(StepPlan& plan, Sequence& s, int64_t& budget, bool in_flight) {
+void Scheduler::plan_prompt(StepPlan& plan, Sequence& s, int64_t& budget, int64_t& keys, bool in_flight) {
   const bool embed = s.request->embed;
   const int64_t rest = s.n_known() - s.n_computed;
   int64_t n_tok = std::min(rest, budget);
   if (embed) n_tok = std::min(n_tok, options_.max_out - plan.batch.n_out());
   const int64_t n_row = embed ? n_tok : n_tok == rest ? 1 + s.n_fork : 0;
   if (n_tok < 1 || plan.batch.n_out() + n_row > options_.max_out) return;
+  const int64_t keys_after = keys + s.n_computed + n_tok;
+  if (keys > 0 && keys_after > options_.prompt_keys) return;
   if (!make_room(s, s.n_computed + n_tok, plan, in_flight)) return;
   add_item(plan, s, n_tok, n_row);
   budget -= n_tok;
+  keys = keys_after;
 }
 
 StepPlan Scheduler::plan(double now, bool in_flight) {
@@ -183,7 +186,7 @@ StepPlan Scheduler::plan(double now, bool in_flight) {
   plan.batch.hidden = turn_of_embeddings_;
 
   // By index: sequences at the end may be put back on the way.
-  int64_t budget = options_.step_tokens;
+  int64_t budget = options_.step_tokens, prompt_keys = 0;
   const auto decodes = [](const Sequence& s) {
     return s.n_total() - s.n_computed <= 1 && s.n_computed >= s.n_prompt && !s.request->embed;
   };
@@ -198,7 +201,7 @@ StepPlan Scheduler::plan(double now, bool in_flight) {
   for (size_t i = 0; i < running_.size() && budget > 0; i++) {
     Sequence& s = *running_[i];
     if (skip(s) || s.n_pending > 0 || s.n_computed >= s.n_known() || decodes(s)) continue;
-    plan_prompt(plan, s, budget, in_flight);
+    plan_prompt(plan, s, budget, prompt_keys, in_flight);
   }
   if (plan.items.empty()) copies_ = std::move(plan.batch.copies);  // no step will do them now
   return plan;

@@ -19,8 +19,9 @@ struct SchedulerOptions {
   int64_t max_sequences = 64;  // running at once
   int64_t step_tokens = 512;   // at most so many tokens a step; prompts are cut to fit
   bool static_batch = false;
-  int64_t max_out = 64;       // wanted rows a step at most
-  double aging_seconds = 10;  // a request that has waited so long counts as one priority higher
+  int64_t max_out = 64;             // wanted rows a step at most
+  int64_t prompt_keys = INT64_MAX;  // keys of the prompts of a step together at most, but for a single prompt
+  double aging_seconds = 10;        // a request that has waited so long counts as one priority higher
 };
 
 // A sequence's part of a step: tokens [first, first + n_tok) and the rows wanted of it (in StepBatch::out_rows).
@@ -71,7 +72,7 @@ class Scheduler {
   void put_back(Sequence& s);
   void add_item(StepPlan& plan, Sequence& s, int64_t n_tok, int64_t n_row);
   bool plan_decode(StepPlan& plan, Sequence& s, int64_t& budget, bool in_flight);
-  void plan_prompt(StepPlan& plan, Sequence& s, int64_t& budget, bool in_flight);
+  void plan_prompt(StepPlan& plan, Sequence& s, int64_t& budget, int64_t& keys, bool in_flight);
   std::unique_ptr<Sequence> take(std::vector<std::unique_ptr<Sequence>>& from, const Sequence& s);
 
   SchedulerOptions options_;
