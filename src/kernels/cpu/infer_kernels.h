@@ -82,7 +82,9 @@ struct InferKernels {
   // Products of many rows: c [rows <= 32][32] from one or two operand tiles of rows and one or two panels, row distance
   // 32. The order of the sums does not depend on rows or panels. b1 null: one panel.
   void (*expand_i8)(uint16_t* tiles, const uint8_t* w, int64_t kp);
-  void (*many_bf16)(float* c, const uint16_t* a, int64_t kp, int64_t rows, const uint16_t* b0, const uint16_t* b1);
+  // next: two panels to ask for meanwhile, or null.
+  void (*many_bf16)(float* c, const uint16_t* a, int64_t kp, int64_t rows, const uint16_t* b0, const uint16_t* b1,
+                    const uint16_t* next);
   void (*many_f32)(float* c, const float* a, int64_t lda, int64_t k, int64_t rows, const float* b0, const float* b1);
 
   void (*attend)(const AttendArgs& a);       // fp32 arithmetic

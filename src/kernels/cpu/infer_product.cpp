@@ -83,13 +83,19 @@ const uint16_t* Worker::expanded(const InferMatrix& w, int64_t panel, int64_t pa
   return to;
 }
 
-void Worker::many(float* c, const Operand& x, int64_t row0, int64_t rows, int64_t panels, const uint16_t* tiles) const {
+void Worker::many(float* c, const Operand& x, int64_t row0, int64_t rows, int64_t panels, const uint16_t* tiles,
+                  const uint16_t* next) const {
   if (x.kind == OperandKind::f32) {
     const auto* b = reinterpret_cast<const float*>(tiles);
     k_.many_f32(c, x.f32(row0), x.k, x.k, rows, b, panels > 1 ? b + x.k * infer_panel : nullptr);
   } else {
-    k_.many_bf16(c, x.bf16(row0), x.kp, rows, tiles, panels > 1 ? tiles + x.kp * infer_panel : nullptr);
+    k_.many_bf16(c, x.bf16(row0), x.kp, rows, tiles, panels > 1 ? tiles + x.kp * infer_panel : nullptr, next);
   }
+}
+
+// The two panels behind those at `tiles`, where the product reads the weights as they lie.
+const uint16_t* Worker::behind(const InferMatrix& w, const uint16_t* tiles) const {
+  return w.format == WeightFormat::bf16 ? tiles + 2 * infer_panel * padded_k(w.k) : nullptr;
 }
 
 void Worker::product(const Operand& x, int64_t row0, int64_t rows, const InferMatrix& w, float* out, int64_t ldo,
@@ -119,7 +125,7 @@ void Worker::product(const Operand& x, int64_t row0, int64_t rows, const InferMa
     const uint16_t* tiles = expanded(w, 2 * pair, panels, 0);
     for (int64_t r = 0; r < rows; r += 32) {
       const int64_t n_row = std::min<int64_t>(32, rows - r);
-      many(b_.c, x, row0 + r, n_row, panels, tiles);
+      many(b_.c, x, row0 + r, n_row, panels, tiles, r == 0 && pair + 1 < end_of(pairs) ? behind(w, tiles) : nullptr);
       deliver(r, n_row, 32 * pair, panels * infer_panel, 32);
     }
   }
@@ -144,8 +150,9 @@ void Worker::product_swiglu(const Operand& x, const FfnGroup& g, const Operand& 
         few(b_.c, x, g.input_row + r, n_row, w, 2 * u, 2, gate);
         few(b_.c2, x, g.input_row + r, n_row, w, up + 2 * u, 2, ups);
       } else {
-        many(b_.c, x, g.input_row + r, n_row, 2, gate_tiles);
-        many(b_.c2, x, g.input_row + r, n_row, 2, up_tiles);
+        const bool ask = r == 0 && u + 1 < end_of(units);
+        many(b_.c, x, g.input_row + r, n_row, 2, gate_tiles, ask ? behind(w, gate_tiles) : nullptr);
+        many(b_.c2, x, g.input_row + r, n_row, 2, up_tiles, ask ? behind(w, up_tiles) : nullptr);
       }
       for (int64_t i = 0; i < n_row; i++) {
         k_.swiglu(a, b_.c + i * ldc, b_.c2 + i * ldc, 32);

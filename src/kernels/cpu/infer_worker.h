@@ -46,7 +46,9 @@ class Worker {
            const WeightStream& stream) const;
   // This thread's panels end before `end_panel`; `next` is the matrix of the product to follow (null: none).
   WeightStream stream_to(const InferMatrix& w, int64_t end_panel, const InferMatrix* next) const;
-  void many(float* c, const Operand& x, int64_t row0, int64_t rows, int64_t panels, const uint16_t* tiles) const;
+  void many(float* c, const Operand& x, int64_t row0, int64_t rows, int64_t panels, const uint16_t* tiles,
+            const uint16_t* next) const;
+  const uint16_t* behind(const InferMatrix& w, const uint16_t* tiles) const;
   const uint16_t* expanded(const InferMatrix& w, int64_t panel, int64_t panels, int64_t slot) const;
   // This thread's columns of x w^T; row row0 + r goes to out + r * ldo. No barrier.
   void product(const Operand& x, int64_t row0, int64_t rows, const InferMatrix& w, float* out, int64_t ldo, bool add,

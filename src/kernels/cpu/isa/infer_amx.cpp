@@ -12,7 +12,13 @@ void begin_thread() { configure_tiles(whole_tiles()); }
 
 void end_thread() { _tile_release(); }
 
-void many_bf16(float* c, const uint16_t* a, int64_t kp, int64_t rows, const uint16_t* b0, const uint16_t* b1) {
+MM_INLINE void ask_for(const uint16_t* tile) {
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) _mm_prefetch(reinterpret_cast<const char*>(tile + i * 32), _MM_HINT_T1);
+}
+
+void many_bf16(float* c, const uint16_t* a, int64_t kp, int64_t rows, const uint16_t* b0, const uint16_t* b1,
+               const uint16_t* next) {
   const int64_t tiles = kp / 32;
   const uint16_t* a1 = a + kp * 16;
   if (rows > 16 && b1 != nullptr) {
@@ -21,6 +27,7 @@ void many_bf16(float* c, const uint16_t* a, int64_t kp, int64_t rows, const uint
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t t = 0; t < tiles; t++) {
+      if (next != nullptr) ask_for(next + t * infer_tile), ask_for(next + kp * 16 + t * infer_tile);
       _tile_loadd(4, a + t * infer_tile, 64);
       _tile_loadd(6, b0 + t * infer_tile, 64);
       _tile_dpbf16ps(0, 4, 6);
@@ -38,6 +45,7 @@ void many_bf16(float* c, const uint16_t* a, int64_t kp, int64_t rows, const uint
     _tile_zero(0);
     _tile_zero(1);
     for (int64_t t = 0; t < tiles; t++) {
+      if (next != nullptr) ask_for(next + t * infer_tile), ask_for(next + kp * 16 + t * infer_tile);
       _tile_loadd(4, a + t * infer_tile, 64);
       _tile_loadd(6, b0 + t * infer_tile, 64);
       _tile_dpbf16ps(0, 4, 6);

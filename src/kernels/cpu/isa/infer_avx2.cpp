@@ -119,7 +119,8 @@ void rows_bf16(float* c, int64_t ldc, const uint16_t* a, int64_t kp, int64_t row
   }
 }
 
-void many_bf16(float* c, const uint16_t* a, int64_t kp, int64_t rows, const uint16_t* b0, const uint16_t* b1) {
+void many_bf16(float* c, const uint16_t* a, int64_t kp, int64_t rows, const uint16_t* b0, const uint16_t* b1,
+               const uint16_t* /*next*/) {
   rows_bf16(c, 32, a, kp, rows, b0);
   if (b1 != nullptr) rows_bf16(c + 16, 32, a, kp, rows, b1);
 }

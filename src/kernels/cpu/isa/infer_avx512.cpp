@@ -194,7 +194,8 @@ void rows_bf16(float* c, int64_t ldc, const uint16_t* a, int64_t kp, int64_t row
   }
 }
 
-void many_bf16(float* c, const uint16_t* a, int64_t kp, int64_t rows, const uint16_t* b0, const uint16_t* b1) {
+void many_bf16(float* c, const uint16_t* a, int64_t kp, int64_t rows, const uint16_t* b0, const uint16_t* b1,
+               const uint16_t* /*next*/) {
   if (b1 != nullptr) rows_bf16<2>(c, 32, a, kp, rows, b0, b1);
   else rows_bf16<1>(c, 32, a, kp, rows, b0, b0);
 }

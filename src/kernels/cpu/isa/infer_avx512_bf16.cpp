@@ -124,6 +124,7 @@ void expand_i8(uint16_t* tiles, const uint8_t* w, int64_t kp) {
       const __m512 offset = _mm512_mul_ps(scale, _mm512_set1_ps(32768.0f + 128.0f));
 #pragma GCC unroll 8
       for (int q = 0; q < 8; q++) {
+        prefetch(reinterpret_cast<const char*>(w) + ahead + g * 512 + q * 64);
         const __m512i v = _mm512_loadu_si512(w + g * 512 + q * 64);
         const auto value = [&](__m512i x) {
           const __m512i f = _mm512_ternarylogic_epi32(x, mask, magic, 0xea);  // x & mask | magic
@@ -136,6 +137,14 @@ void expand_i8(uint16_t* tiles, const uint8_t* w, int64_t kp) {
         _mm512_storeu_si512(tiles + q * 64 + 32, _mm512_permutexvar_epi16(interleave, high));
       }
     }
+  }
+}
+
+void put_bf16(uint16_t* row_base, const float* x, int64_t begin, int64_t n) {
+  for (int64_t i = 0; i < n; i += 32) {
+    const __m512 lo = _mm512_maskz_loadu_ps(first_lanes(n - i), x + i);
+    const __m512 hi = n - i > 16 ? _mm512_maskz_loadu_ps(first_lanes(n - i - 16), x + i + 16) : _mm512_setzero_ps();
+    _mm512_storeu_si512(row_base + (begin + i) / 32 * infer_tile, (__m512i)_mm512_cvtne2ps_pbh(hi, lo));
   }
 }
 
@@ -174,7 +183,8 @@ void many_bf16_p(float* c, const uint16_t* a, int64_t kp, int64_t rows, const ui
   }
 }
 
-void many_bf16(float* c, const uint16_t* a, int64_t kp, int64_t rows, const uint16_t* b0, const uint16_t* b1) {
+void many_bf16(float* c, const uint16_t* a, int64_t kp, int64_t rows, const uint16_t* b0, const uint16_t* b1,
+               const uint16_t* /*next*/) {
   if (b1 != nullptr) many_bf16_p<2>(c, a, kp, rows, b0, b1);
   else many_bf16_p<1>(c, a, kp, rows, b0, b0);
 }
@@ -182,6 +192,7 @@ void many_bf16(float* c, const uint16_t* a, int64_t kp, int64_t rows, const uint
 }  // namespace
 
 void use_avx512_bf16(InferKernels* k) {
+  k->put_bf16 = put_bf16;
   k->few_bf16 = few_bf16;
   k->few_i8 = few_i8;
   k->expand_i8 = expand_i8;

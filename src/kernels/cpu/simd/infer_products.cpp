@@ -89,7 +89,8 @@ void expand_i8(uint16_t* tiles, const uint8_t* w, int64_t kp) {
   }
 }
 
-void many_bf16(float* c, const uint16_t* a, int64_t kp, int64_t rows, const uint16_t* b0, const uint16_t* b1) {
+void many_bf16(float* c, const uint16_t* a, int64_t kp, int64_t rows, const uint16_t* b0, const uint16_t* b1,
+               const uint16_t* /*next*/) {
   for (int64_t r = 0; r < rows; r++) {
     const uint16_t* row = a + r / 16 * kp * 16 + r % 16 * 32;
     for (int p = 0; p < (b1 != nullptr ? 2 : 1); p++) {

@@ -21,7 +21,8 @@ void few_bf16(float* out, int64_t ldo, const uint16_t* w, int64_t kp, int64_t pa
 void few_i8(float* out, int64_t ldo, const uint8_t* w, int64_t kp, int64_t panels, const int8_t* x, int64_t ldx,
             int64_t m, const WeightStream& stream);
 void expand_i8(uint16_t* tiles, const uint8_t* w, int64_t kp);
-void many_bf16(float* c, const uint16_t* a, int64_t kp, int64_t rows, const uint16_t* b0, const uint16_t* b1);
+void many_bf16(float* c, const uint16_t* a, int64_t kp, int64_t rows, const uint16_t* b0, const uint16_t* b1,
+               const uint16_t* next);
 void many_f32(float* c, const float* a, int64_t lda, int64_t k, int64_t rows, const float* b0, const float* b1);
 void attend(const AttendArgs& a);
 
