@@ -99,6 +99,16 @@ void Exchange::take(size_t prompt, EngineEvent&& event) {
             {500, "internal_error", "", "The server had an error while processing your request: " + event.error});
     }
   }
+  // Many long choices with log-probabilities could fill the memory.
+  constexpr size_t max_held = size_t{64} << 20, logprob_bytes = 100;
+  if (!call_.stream) held_bytes_ += event.text.size();
+  if (!call_.stream && call_.logprobs)
+    held_bytes_ += event.ids.size() * static_cast<size_t>(1 + call_.top_logprobs) * logprob_bytes;
+  if (held_bytes_ > max_held) {
+    return fail(
+        {400, "answer_too_large", "",
+         "The answer has grown beyond 64 MB. Stream it, or ask for fewer choices, tokens or log-probabilities."});
+  }
   const bool finished = event.finished;
   answer_->event(prompt, std::move(event), out_);
   if (!finished || --open_[prompt] > 0) return;

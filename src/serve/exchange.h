@@ -68,6 +68,7 @@ class Exchange : public std::enable_shared_from_this<Exchange> {
   std::optional<ApiError> error_;
   Connection* owner_;
   size_t n_submitted_ = 0, n_finished_ = 0;  // prompts
+  size_t held_bytes_ = 0;                    // about, of an answer that goes out as a whole
   std::vector<int> open_;                    // choices of each prompt that have not ended
   std::vector<uint64_t> ids_;                // of the submitted ones
   bool done_ = false;

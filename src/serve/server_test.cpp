@@ -299,6 +299,31 @@ TEST_F(ServerTest, AnErrorInsideAStreamEndsIt) {
   EXPECT_NE(c.in.find("data: {\"error\":"), std::string::npos);
 }
 
+TEST_F(ServerTest, AWholeAnswerHasABound) {
+  play([](EngineRequest& r) {
+    for (int i = 0; i < 80; i++) r.sink(piece(std::string(1 << 20, 'x')));
+  });
+  start();
+  Client c(server->url());
+  c.post(kChatPath, kChat);
+  const auto a = c.answer();
+  EXPECT_EQ(a.status, 400);
+  EXPECT_EQ(ordered_json::parse(a.body)["error"]["code"], "answer_too_large");
+  EXPECT_TRUE(s.wait([&] { return !s.cancelled.empty(); }));
+}
+
+TEST_F(ServerTest, WithoutAUserTheAddressIsTheClient) {
+  play([](EngineRequest& r) { r.sink(piece("x", true)); });
+  start();
+  Client c(server->url());
+  c.post(kChatPath, kChat);
+  c.answer();
+  c.post(kChatPath, R"({"messages": [{"role": "user", "content": "hi"}], "user": "me"})");
+  c.answer();
+  EXPECT_EQ(s.requests[0].client, "127.0.0.1");
+  EXPECT_EQ(s.requests[1].client, "me");
+}
+
 TEST_F(ServerTest, ALeavingClientCancels) {
   start();
   for (const bool stream : {false, true}) {

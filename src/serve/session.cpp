@@ -10,6 +10,8 @@
 #include <iterator>
 #include <optional>
 
+#include "base/log.h"
+
 namespace mm {
 
 namespace {
@@ -45,6 +47,7 @@ class Session : public Connection, public std::enable_shared_from_this<Session<S
     socket().set_option(tcp::no_delay(true), ignored);
     socket().set_option(tcp::socket::send_buffer_size(256 << 10),
                         ignored);  // what a slow reader can hold in the kernel
+    if (const auto peer = socket().remote_endpoint(ignored); !ignored) peer_ = peer.address().to_string();
     wait_until(service_.options.read_seconds);
     if constexpr (std::is_same_v<Stream, TlsStream>) {
       state_ = State::handshake;
@@ -207,6 +210,7 @@ class Session : public Connection, public std::enable_shared_from_this<Session<S
     request_ = {};
     head_checked_ = head_sent_ = false;
     state_ = State::reading;
+    begun_ = Clock::now();
     wait_until(service_.options.read_seconds);
   }
 
@@ -292,7 +296,10 @@ class Session : public Connection, public std::enable_shared_from_this<Session<S
       return resume();
     }
     last_output_ = Clock::now();
-    exchange_ = std::make_shared<Exchange>(service_, thread_.inbox, std::move(std::get<ApiCall>(result)), this);
+    auto& call = std::get<ApiCall>(result);
+    for (auto& r : call.requests)
+      if (r.client.empty()) r.client = peer_;
+    exchange_ = std::make_shared<Exchange>(service_, thread_.inbox, std::move(call), this);
     exchange_->start();
     if (exchange_->error()) pump();
   }
@@ -306,6 +313,7 @@ class Session : public Connection, public std::enable_shared_from_this<Session<S
     const bool bodiless = request_.method == "HEAD" || reply.status == 204 || reply.status == 304;
     out_ += reply_head(reply, static_cast<int64_t>(reply.body.size()), request_);
     if (!bodiless) out_ += reply.body;
+    status_ = reply.status;
     end_request();
   }
 
@@ -326,6 +334,7 @@ class Session : public Connection, public std::enable_shared_from_this<Session<S
       service_.add_cors(request_, reply);
       service_.metrics.count_http(route_name(request_.route), reply.status);
       out_ += reply_head(reply, -1, request_);
+      status_ = reply.status;
     }
     last_output_ = Clock::now();
     if (request_.chunked_ok) fmt::format_to(std::back_inserter(out_), "{:x}\r\n", text.size());
@@ -339,6 +348,8 @@ class Session : public Connection, public std::enable_shared_from_this<Session<S
   }
 
   void end_request() {
+    log_debug("{} {} {} {} {:.1f} ms", peer_, request_.method, request_.path, status_,
+              std::chrono::duration<double, std::milli>(Clock::now() - begun_).count());
     exchange_.reset();
     parser_.reset();
     if (!request_.keep_alive || service_.draining) closing_ = true;
@@ -397,8 +408,10 @@ class Session : public Connection, public std::enable_shared_from_this<Session<S
   Workers& workers_;
   Stream stream_;
   State state_ = State::idle;
-  Clock::time_point deadline_, progress_, last_output_;
+  Clock::time_point deadline_, progress_, last_output_, begun_;
+  int status_ = 0;
   std::array<char, 16 << 10> chunk_;
+  std::string peer_;  // its address; the client in whose name it asks, where a request names none
   std::string in_, out_, writing_;
   size_t written_ = 0;  // of writing_
   bool reading_op_ = false, writing_op_ = false, closing_ = false, head_checked_ = false, head_sent_ = false;
