@@ -31,7 +31,7 @@ void add_engine_flags(CLI::App* command, EngineOptions& o, DeviceOptions& device
   number("--max-sequences", o.max_sequences, "Sequences at once", 1);
   number("--step-tokens", o.step_tokens,
          "Tokens of a step at most; longer prompts are cut (0: 512 on a CPU, 4096 on a GPU)", 0);
-  number("--queue", o.queue_limit, "Waiting requests at most", 0);
+  number("--queue", o.queue_limit, "Waiting requests at most", 1);
   number("--block-size", o.block_size, "Tokens of a KV block, a power of two", 1);
   number("--kv-tokens", o.kv_tokens, "Tokens that the KV pool holds (0: by --kv-memory)", 0);
   command->add_option("--kv-memory", o.kv_memory_share, "Share of the free memory for the KV pool")
