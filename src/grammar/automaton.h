@@ -82,7 +82,7 @@ class Automaton {
   std::vector<uint32_t> masks_;
 
   uint32_t round_ = 0;
-  size_t work_ = 0;  // of one call
+  size_t work_ = 0, work_limit_ = 0;  // expressions visited, for a mask or a byte
   std::vector<Move> moves_;
   std::vector<int32_t> todo_, targets_;
   std::vector<State> trail_;

@@ -33,7 +33,7 @@ std::vector<GrammarPtr> sample_grammars() {
 TokenTable random_table(Rng& rng) {
   static const std::string bytes = "{}[]\",: abcx0123.\\unltresf-\xE4\xB8\xAD\xF0\x9F\x98\x80";
   std::vector<std::string> tokens{"", ""};
-  for (const char c : bytes) tokens.push_back(std::string(1, c));
+  for (const char c : bytes) tokens.emplace_back(1, c);
   while (tokens.size() < 600) {
     std::string token;
     for (uint64_t n = 1 + rng.below(5); n > 0; n--) token += bytes[rng.below(bytes.size())];

@@ -35,7 +35,7 @@ void add_utf8_range(GraphBuilder& b, std::string_view first, std::string_view la
   const auto rest = [&](std::string_view from, std::string_view to) {
     std::vector<NodeId> parts;
     add_utf8_range(b, from, to, tail, parts);
-    return b.alt(std::move(parts));
+    return b.alt(parts);
   };
   const std::string_view first_rest = first.substr(1), last_rest = last.substr(1);
   if (f == l) {
@@ -62,7 +62,7 @@ NodeId utf8_node(GraphBuilder& b, const CharSet& set) {
       first = stop + 1;
     }
   }
-  return b.alt(std::move(out));
+  return b.alt(out);
 }
 
 const CharSet& json_escaped() {
@@ -85,7 +85,7 @@ NodeId json_node(GraphBuilder& b, const CharSet& set) {
       }
     choices.push_back(b.literal(high == 0 ? "\\u000" : "\\u001", b.byte(low)));
   }
-  return b.alt(std::move(choices));
+  return b.alt(choices);
 }
 
 }  // namespace

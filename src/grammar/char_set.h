@@ -29,7 +29,7 @@ class CharSet {
   bool empty() const { return ranges_.empty(); }
   const std::vector<std::pair<uint32_t, uint32_t>>& ranges() const { return ranges_; }
   bool operator==(const CharSet&) const = default;
-  auto operator<=>(const CharSet&) const = default;
+  bool operator<(const CharSet& other) const { return ranges_ < other.ranges_; }
 
  private:
   std::vector<std::pair<uint32_t, uint32_t>> ranges_;

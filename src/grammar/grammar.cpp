@@ -64,18 +64,19 @@ std::shared_ptr<const Grammar> Grammar::json_object() {
   return any;
 }
 
-std::shared_ptr<const Grammar> Grammar::sequence(std::vector<std::shared_ptr<const Grammar>> parts) {
+std::shared_ptr<const Grammar> Grammar::sequence(const std::vector<std::shared_ptr<const Grammar>>& parts) {
   GraphBuilder b("sequence of grammars");
   NodeId all = grammar::kEmpty;
   for (size_t i = parts.size(); i-- > 0;) all = b.seq(b.import(parts[i]->impl().graph), all);
   return make(b.finish(all));
 }
 
-std::shared_ptr<const Grammar> Grammar::alternatives(std::vector<std::shared_ptr<const Grammar>> parts) {
+std::shared_ptr<const Grammar> Grammar::alternatives(const std::vector<std::shared_ptr<const Grammar>>& parts) {
   GraphBuilder b("alternative grammars");
   std::vector<NodeId> choices;
+  choices.reserve(parts.size());
   for (const auto& part : parts) choices.push_back(b.import(part->impl().graph));
-  return make(b.finish(b.alt(std::move(choices))));
+  return make(b.finish(b.alt(choices)));
 }
 
 std::shared_ptr<const Grammar> Grammar::literal(std::string_view text) {

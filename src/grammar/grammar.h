@@ -39,8 +39,8 @@ class Grammar {
   static std::shared_ptr<const Grammar> json_schema(const ordered_json& schema, const std::string& where = "schema");
   static std::shared_ptr<const Grammar> json_object();  // any JSON object
   // `prefix` literal text, then `inner`, then `suffix` (tool calls: "<tool_call>\n" + arguments + "\n</tool_call>").
-  static std::shared_ptr<const Grammar> sequence(std::vector<std::shared_ptr<const Grammar>> parts);
-  static std::shared_ptr<const Grammar> alternatives(std::vector<std::shared_ptr<const Grammar>> parts);
+  static std::shared_ptr<const Grammar> sequence(const std::vector<std::shared_ptr<const Grammar>>& parts);
+  static std::shared_ptr<const Grammar> alternatives(const std::vector<std::shared_ptr<const Grammar>>& parts);
   static std::shared_ptr<const Grammar> literal(std::string_view text);
 
   explicit Grammar(std::unique_ptr<Impl> impl);

@@ -22,7 +22,7 @@ void until_stable(const Graph& graph, Update&& update) {
       case NodeKind::repeat:
       case NodeKind::jump: visit(node.a); break;
       case NodeKind::alt:
-        for (int32_t i = 0; i < node.b; i++) visit(graph.children[static_cast<size_t>(node.a + i)]);
+        for (int32_t i = 0; i < node.b; i++) visit(item(graph.children, node.a + i));
         break;
       default: break;
     }
@@ -32,19 +32,17 @@ void until_stable(const Graph& graph, Update&& update) {
   users.resize(static_cast<size_t>(first[n]));
   std::vector<int32_t> fill(first.begin(), first.end() - 1);
   for (size_t u = 0; u < n; u++)
-    each_part(graph.nodes[u], [&](NodeId id) {
-      users[static_cast<size_t>(fill[static_cast<size_t>(id)]++)] = static_cast<int32_t>(u);
-    });
+    each_part(graph.nodes[u], [&](NodeId id) { item(users, item(fill, id)++) = static_cast<int32_t>(u); });
   std::vector<NodeId> queue(n);
   std::vector<char> queued(n, 1);
   for (size_t i = 0; i < n; i++) queue[i] = static_cast<NodeId>(i);
   for (size_t at = 0; at < queue.size(); at++) {
     const NodeId id = queue[at];
-    queued[static_cast<size_t>(id)] = 0;
+    item(queued, id) = 0;
     if (!update(id)) continue;
-    for (int32_t i = first[static_cast<size_t>(id)]; i < first[static_cast<size_t>(id) + 1]; i++) {
-      const NodeId user = users[static_cast<size_t>(i)];
-      if (!queued[static_cast<size_t>(user)]) queued[static_cast<size_t>(user)] = 1, queue.push_back(user);
+    for (int32_t i = item(first, id); i < first[static_cast<size_t>(id) + 1]; i++) {
+      const NodeId user = item(users, i);
+      if (!item(queued, user)) item(queued, user) = 1, queue.push_back(user);
     }
   }
 }
@@ -107,7 +105,7 @@ NodeId GraphBuilder::literal(std::string_view text, NodeId next) {
 }
 
 NodeId GraphBuilder::close(char c) {
-  Node node = graph_.nodes[static_cast<size_t>(byte(c))];
+  Node node = item(graph_.nodes, byte(c));
   node.level = 1;
   return shared(node);
 }
@@ -121,7 +119,7 @@ NodeId GraphBuilder::seq(NodeId a, NodeId b) {
   size_t length = 0;
   NodeId at = a;
   while (length < chain.size() && at != kEmpty) {
-    const Node& node = graph_.nodes[static_cast<size_t>(at)];
+    const Node& node = item(graph_.nodes, at);
     if (node.kind != NodeKind::byte || node.level > 0) break;
     chain[length++] = node.a;
     at = node.b;
@@ -137,15 +135,15 @@ NodeId GraphBuilder::seq(std::initializer_list<NodeId> parts) {
   return all;
 }
 
-NodeId GraphBuilder::alt(std::vector<NodeId> choices) {
+NodeId GraphBuilder::alt(const std::vector<NodeId>& choices) {
   // Single bytes with the same continuation become one set.
   std::map<NodeId, ByteSet> by_next;
   std::vector<NodeId> rest;
   for (const NodeId id : choices) {
-    const Node& node = graph_.nodes[static_cast<size_t>(id)];
+    const Node& node = item(graph_.nodes, id);
     if (node.kind == NodeKind::byte && node.level == 0) {
       ByteSet& set = by_next.try_emplace(node.b, ByteSet{}).first->second;
-      for (size_t i = 0; i < set.size(); i++) set[i] |= graph_.sets[static_cast<size_t>(node.a)][i];
+      for (size_t i = 0; i < set.size(); i++) set[i] |= item(graph_.sets, node.a)[i];
     } else if (id != kNever) {
       rest.push_back(id);
     }
@@ -182,7 +180,7 @@ NodeId GraphBuilder::jump(std::string label) {
   return id;
 }
 
-void GraphBuilder::set_jump(NodeId jump, NodeId target) { graph_.nodes[static_cast<size_t>(jump)].a = target; }
+void GraphBuilder::set_jump(NodeId jump, NodeId target) { item(graph_.nodes, jump).a = target; }
 
 NodeId GraphBuilder::import(const Graph& graph) {
   const auto offset = static_cast<NodeId>(graph_.nodes.size());
@@ -198,7 +196,7 @@ NodeId GraphBuilder::import(const Graph& graph) {
   for (size_t i = 2; i < graph.nodes.size(); i++) {
     Node node = graph.nodes[i];
     if (node.kind == NodeKind::alt) node.a += first_child;
-    else if (node.kind == NodeKind::byte) node.a = sets[static_cast<size_t>(node.a)], node.b = moved(node.b);
+    else if (node.kind == NodeKind::byte) node.a = item(sets, node.a), node.b = moved(node.b);
     else node.a = moved(node.a), node.b = node.kind == NodeKind::seq ? moved(node.b) : 0;
     add(node);
   }
@@ -206,9 +204,9 @@ NodeId GraphBuilder::import(const Graph& graph) {
 }
 
 NodeId GraphBuilder::target(NodeId id) const {
-  for (size_t steps = 0; graph_.nodes[static_cast<size_t>(id)].kind == NodeKind::jump; steps++) {
+  for (size_t steps = 0; item(graph_.nodes, id).kind == NodeKind::jump; steps++) {
     MM_CHECK(steps < graph_.nodes.size());  // cycles are left recursion, refused before
-    id = graph_.nodes[static_cast<size_t>(id)].a;
+    id = item(graph_.nodes, id).a;
   }
   return id;
 }
@@ -220,14 +218,14 @@ std::string GraphBuilder::label_of(NodeId id) const {
 
 void GraphBuilder::compute_nullable() {
   until_stable(graph_, [&](NodeId id) {
-    Node& node = graph_.nodes[static_cast<size_t>(id)];
+    Node& node = item(graph_.nodes, id);
     if (node.nullable) return false;
-    const auto nullable = [&](NodeId part) { return graph_.nodes[static_cast<size_t>(part)].nullable; };
+    const auto nullable = [&](NodeId part) { return item(graph_.nodes, part).nullable; };
     if (node.kind == NodeKind::seq) node.nullable = nullable(node.a) && nullable(node.b);
     else if (node.kind == NodeKind::repeat) node.nullable = node.min == 0 || nullable(node.a);
     else if (node.kind == NodeKind::jump) node.nullable = nullable(node.a);
     else if (node.kind == NodeKind::alt)
-      for (int32_t i = 0; i < node.b; i++) node.nullable |= nullable(graph_.children[static_cast<size_t>(node.a + i)]);
+      for (int32_t i = 0; i < node.b; i++) node.nullable |= nullable(item(graph_.children, node.a + i));
     return node.nullable;
   });
 }
@@ -242,7 +240,7 @@ void GraphBuilder::check_left_recursion() {
       case NodeKind::jump: return i == 0 ? node.a : -1;
       case NodeKind::seq:
         if (i == 0) return node.a;
-        return i == 1 && graph_.nodes[static_cast<size_t>(node.a)].nullable ? node.b : -1;
+        return i == 1 && item(graph_.nodes, node.a).nullable ? node.b : -1;
       default: return -1;
     }
   };
@@ -253,14 +251,14 @@ void GraphBuilder::check_left_recursion() {
     path.emplace_back(static_cast<NodeId>(start), 0);
     color[start] = 1;
     while (!path.empty()) {
-      const NodeId next = part(graph_.nodes[static_cast<size_t>(path.back().first)], path.back().second++);
+      const NodeId next = part(item(graph_.nodes, path.back().first), path.back().second++);
       if (next < 0) {
-        color[static_cast<size_t>(path.back().first)] = 2;
+        item(color, path.back().first) = 2;
         path.pop_back();
-      } else if (color[static_cast<size_t>(next)] == 0) {
-        color[static_cast<size_t>(next)] = 1;
+      } else if (item(color, next) == 0) {
+        item(color, next) = 1;
         path.emplace_back(next, 0);
-      } else if (color[static_cast<size_t>(next)] == 1) {
+      } else if (item(color, next) == 1) {
         std::string label = label_of(next);
         for (size_t i = path.size(); i-- > 0 && path[i].first != next && !labels_.contains(next);)
           if (labels_.contains(path[i].first)) label = label_of(path[i].first);
@@ -283,23 +281,23 @@ void GraphBuilder::resolve_jumps(NodeId& root) {
 std::vector<int> GraphBuilder::compute_heights() const {
   std::vector<int> height(graph_.nodes.size(), kEndless);
   until_stable(graph_, [&](NodeId id) {
-    const Node& node = graph_.nodes[static_cast<size_t>(id)];
-    const auto of = [&](NodeId part) { return height[static_cast<size_t>(part)]; };
+    const Node& node = item(graph_.nodes, id);
+    const auto of = [&](NodeId part) { return item(height, part); };
     int h = kEndless;
     switch (node.kind) {
       case NodeKind::empty: h = 0; break;
       case NodeKind::never: break;
       case NodeKind::byte: h = std::max<int>(of(node.b), node.level); break;
-      case NodeKind::seq: h = std::max(of(node.a) + graph_.nodes[static_cast<size_t>(node.b)].level, of(node.b)); break;
+      case NodeKind::seq: h = std::max(of(node.a) + item(graph_.nodes, node.b).level, of(node.b)); break;
       case NodeKind::repeat: h = node.min == 0 ? 0 : of(node.a); break;
       case NodeKind::jump: h = of(node.a); break;
       case NodeKind::alt:
-        for (int32_t i = 0; i < node.b; i++) h = std::min(h, of(graph_.children[static_cast<size_t>(node.a + i)]));
+        for (int32_t i = 0; i < node.b; i++) h = std::min(h, of(item(graph_.children, node.a + i)));
         break;
     }
     h = std::min(h, kEndless);
-    if (h >= height[static_cast<size_t>(id)]) return false;
-    height[static_cast<size_t>(id)] = h;
+    if (h >= item(height, id)) return false;
+    item(height, id) = h;
     return true;
   });
   return height;
@@ -330,8 +328,8 @@ Graph GraphBuilder::finish(NodeId root) {
   const std::string label = label_of(root);
   resolve_jumps(root);
   const std::vector<int> height = compute_heights();
-  const auto ends = [&](NodeId id) { return height[static_cast<size_t>(id)] <= kMaxLevels; };
-  if (height[static_cast<size_t>(root)] >= kEndless)
+  const auto ends = [&](NodeId id) { return item(height, id) <= kMaxLevels; };
+  if (item(height, root) >= kEndless)
     throw Error(label, "a language with at least one text", "none: a required part has no finite value",
                 "look for contradicting keywords, or recursion that never ends");
   if (!ends(root)) throw Error(label, fmt::format("values nested at most {} deep", kMaxLevels), "deeper nesting");
@@ -344,7 +342,7 @@ Graph GraphBuilder::finish(NodeId root) {
           static_cast<int32_t>(std::remove_if(begin, begin + node.b, [&](NodeId id) { return !ends(id); }) - begin);
     } else if (node.kind == NodeKind::repeat) {
       // A body that may be empty needs no passes that read nothing; one that cannot end is never begun.
-      if (graph_.nodes[static_cast<size_t>(node.a)].nullable) node.min = 0;
+      if (item(graph_.nodes, node.a).nullable) node.min = 0;
       if (!ends(node.a) && node.min == 0) node = {.kind = NodeKind::empty, .nullable = true};
     }
   }

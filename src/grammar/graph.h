@@ -18,6 +18,12 @@ using ByteSet = std::array<uint64_t, 4>;  // bit b of the 256
 inline bool has_byte(const ByteSet& set, unsigned b) { return set[b / 64] >> (b % 64) & 1; }
 void add_bytes(ByteSet& set, unsigned first, unsigned last);
 
+// An element by one of the 32-bit numbers that everything here is known by.
+template <class List>
+decltype(auto) item(List& list, int32_t index) {
+  return list[static_cast<size_t>(index)];
+}
+
 using NodeId = int32_t;
 inline constexpr NodeId kEmpty = 0;  // the empty text
 inline constexpr NodeId kNever = 1;  // no text at all
@@ -68,7 +74,7 @@ class GraphBuilder {
   NodeId close(char c);  // the end of a container, see Node::level
   NodeId seq(NodeId a, NodeId b);
   NodeId seq(std::initializer_list<NodeId> parts);
-  NodeId alt(std::vector<NodeId> choices);
+  NodeId alt(const std::vector<NodeId>& choices);
   NodeId repeat(NodeId body, int32_t min, int32_t max);
   NodeId optional(NodeId body) { return alt({kEmpty, body}); }
   // A node to be defined later. `label`, if any, names it in an Error about endless recursion.

@@ -67,7 +67,7 @@ class NfaBuilder {
         if (r.max == kUnbounded) {
           const int32_t loop = add({.or_to = next});
           const int32_t body = build(r.parts[0], loop);
-          nfa_.states[static_cast<size_t>(loop)].to = body;
+          item(nfa_.states, loop).to = body;
           next = loop;
         } else {
           const int32_t end = next;
@@ -129,10 +129,10 @@ Dfa determinize(const Nfa& nfa, size_t n_classes, const std::vector<std::vector<
     while (!roots.empty()) {
       const int32_t at = roots.back();
       roots.pop_back();
-      if (at < 0 || seen[static_cast<size_t>(at)] == round) continue;
-      seen[static_cast<size_t>(at)] = round;
+      if (at < 0 || item(seen, at) == round) continue;
+      item(seen, at) = round;
       b.spend(1);
-      const Nfa::State& state = nfa.states[static_cast<size_t>(at)];
+      const Nfa::State& state = item(nfa.states, at);
       accepts = accepts || at == nfa.end;
       if (state.set >= 0) members.push_back(at);
       else roots.push_back(state.to), roots.push_back(state.or_to);
@@ -153,11 +153,11 @@ Dfa determinize(const Nfa& nfa, size_t n_classes, const std::vector<std::vector<
   for (size_t i = 0; i < todo.size(); i++) {
     for (auto& t : targets) t.clear();
     for (const int32_t at : *todo[i]) {
-      const Nfa::State& state = nfa.states[static_cast<size_t>(at)];
+      const Nfa::State& state = item(nfa.states, at);
       if (state.set < 0) continue;
       for (const int32_t c : classes_of[first_set + static_cast<size_t>(state.set)]) {
         b.spend(1);
-        targets[static_cast<size_t>(c)].push_back(state.to);
+        item(targets, c).push_back(state.to);
       }
     }
     for (size_t c = 0; c < n_classes; c++)
@@ -171,9 +171,8 @@ std::vector<bool> live_states(const std::vector<std::vector<int32_t>>& to, const
   std::vector<std::vector<int32_t>> from(to.size());
   for (size_t s = 0; s < to.size(); s++)
     for (const int32_t t : to[s])
-      if (t >= 0 &&
-          (from[static_cast<size_t>(t)].empty() || from[static_cast<size_t>(t)].back() != static_cast<int32_t>(s)))
-        from[static_cast<size_t>(t)].push_back(static_cast<int32_t>(s));
+      if (t >= 0 && (item(from, t).empty() || item(from, t).back() != static_cast<int32_t>(s)))
+        item(from, t).push_back(static_cast<int32_t>(s));
   std::vector<bool> live = accepts;
   std::vector<size_t> todo;
   for (size_t s = 0; s < to.size(); s++)
@@ -182,7 +181,7 @@ std::vector<bool> live_states(const std::vector<std::vector<int32_t>>& to, const
     const size_t s = todo.back();
     todo.pop_back();
     for (const int32_t f : from[s])
-      if (!live[static_cast<size_t>(f)]) live[static_cast<size_t>(f)] = true, todo.push_back(static_cast<size_t>(f));
+      if (!item(live, f)) item(live, f) = true, todo.push_back(static_cast<size_t>(f));
   }
   return live;
 }
@@ -194,6 +193,7 @@ NodeId intersection_node(CharNodes& chars, const std::vector<Regex>& all, int32_
   GraphBuilder& b = chars.builder();
   std::vector<Nfa> nfas;
   std::vector<const CharSet*> sets;
+  nfas.reserve(all.size());
   for (const Regex& regex : all) nfas.push_back(NfaBuilder(regex, where).take());
   for (const Nfa& nfa : nfas)
     for (const CharSet& set : nfa.sets) sets.push_back(&set);
@@ -218,7 +218,7 @@ NodeId intersection_node(CharNodes& chars, const std::vector<Regex>& all, int32_
       if (to.size() >= kMaxStates) too_complex(where);
       to.emplace_back(classes.size(), -1);
       bool accept = it->first.back() >= min;
-      for (size_t d = 0; d < dfas.size(); d++) accept = accept && dfas[d].accepts[static_cast<size_t>(it->first[d])];
+      for (size_t d = 0; d < dfas.size(); d++) accept = accept && item(dfas[d].accepts, it->first[d]);
       accepts.push_back(accept);
       todo.push_back(&it->first);
     }
@@ -232,8 +232,7 @@ NodeId intersection_node(CharNodes& chars, const std::vector<Regex>& all, int32_
     for (size_t c = 0; c < classes.size(); c++) {
       std::vector<int32_t> next = key;
       bool possible = true;
-      for (size_t d = 0; d < dfas.size() && possible; d++)
-        possible = (next[d] = dfas[d].to[static_cast<size_t>(key[d])][c]) >= 0;
+      for (size_t d = 0; d < dfas.size() && possible; d++) possible = (next[d] = item(dfas[d].to, key[d])[c]) >= 0;
       if (!possible) continue;
       next.back() = max == kUnbounded ? std::min(key.back() + 1, min) : key.back() + 1;
       to[i][c] = add(std::move(next));
@@ -249,11 +248,12 @@ NodeId intersection_node(CharNodes& chars, const std::vector<Regex>& all, int32_
     if (!live[s]) continue;
     std::map<int32_t, CharSet> edges;
     for (size_t c = 0; c < classes.size(); c++)
-      if (to[s][c] >= 0 && live[static_cast<size_t>(to[s][c])]) edges[to[s][c]].add(classes[c]);
+      if (to[s][c] >= 0 && item(live, to[s][c])) edges[to[s][c]].add(classes[c]);
     std::vector<NodeId> choices;
-    for (const auto& [target, set] : edges) choices.push_back(b.seq(chars.of(set), nodes[static_cast<size_t>(target)]));
+    choices.reserve(edges.size() + 1);
+    for (const auto& [target, set] : edges) choices.push_back(b.seq(chars.of(set), item(nodes, target)));
     if (accepts[s]) choices.push_back(kEmpty);
-    b.set_jump(nodes[s], b.alt(std::move(choices)));
+    b.set_jump(nodes[s], b.alt(choices));
   }
   return nodes[0];
 }

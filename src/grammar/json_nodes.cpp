@@ -29,7 +29,7 @@ NodeId other_names(CharNodes& chars, const NameTree& tree, NodeId any_rest) {
     choices.push_back(b.seq(chars.of(one), other_names(chars, *child, any_rest)));
   }
   choices.push_back(b.seq(chars.of(taken.inverted()), any_rest));
-  return b.alt(std::move(choices));
+  return b.alt(choices);
 }
 
 // One of the sorted texts, whose first `skip` bytes are equal and have been read. Goes as deep as texts branch.
@@ -50,7 +50,7 @@ NodeId one_of_texts(GraphBuilder& b, std::span<const std::string> texts, size_t 
     }
     i = end;
   }
-  return b.literal(first.substr(skip, common - skip), b.alt(std::move(choices)));
+  return b.literal(first.substr(skip, common - skip), b.alt(choices));
 }
 
 }  // namespace
@@ -136,7 +136,7 @@ NodeId JsonNodes::one_of(const std::vector<const ordered_json*>& values) {
   std::sort(texts.begin(), texts.end());
   texts.erase(std::unique(texts.begin(), texts.end()), texts.end());
   if (!texts.empty()) choices.push_back(one_of_texts(b_, texts, 0));
-  return b_.alt(std::move(choices));
+  return b_.alt(choices);
 }
 
 NodeId JsonNodes::exactly(const ordered_json& value) {

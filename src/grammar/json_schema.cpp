@@ -180,7 +180,7 @@ class SchemaCompiler {
     else if (types & integer) choices.push_back(integer_of(schema, path));
     if (types & array) choices.push_back(array_node(schema, path));
     if (types & object) choices.push_back(object_node(schema, path));
-    return b_.alt(std::move(choices));
+    return b_.alt(choices);
   }
 
   std::pair<const ordered_json*, std::string> resolve(const ordered_json& ref, const std::string& path) const {
@@ -252,7 +252,7 @@ class SchemaCompiler {
       else
         choices.push_back(node_of(keep(merge_schemas(base, flat(branches[i], branch_path), branch_path)), branch_path));
     }
-    return b_.alt(std::move(choices));
+    return b_.alt(choices);
   }
 
   NodeId enumeration(const ordered_json& schema, const std::string& path) {

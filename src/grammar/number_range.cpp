@@ -38,7 +38,7 @@ NodeId digits_between(GraphBuilder& b, std::string_view low, std::string_view hi
   if (tight_low) choices.push_back(digit(from, from, rest(true, false)));
   if (tight_high) choices.push_back(digit(to, to, rest(false, true)));
   choices.push_back(digit(from + tight_low, to - tight_high, rest(false, false)));
-  return b.alt(std::move(choices));
+  return b.alt(choices);
 }
 
 NodeId natural_node(GraphBuilder& b, int64_t low, int64_t high) {  // 0 <= low
@@ -57,7 +57,7 @@ NodeId natural_node(GraphBuilder& b, int64_t low, int64_t high) {  // 0 <= low
     if (n < kMaxIntegerDigits) end *= 10;
   }
   if (whole_from > 0) choices.push_back(b.seq(b.byte(digit_set(1, 9)), digits(b, whole_from - 1, whole_to - 1)));
-  return b.alt(std::move(choices));
+  return b.alt(choices);
 }
 
 // What follows the whole part: nothing, or a point and up to `max_digits` digits, so that the value's fraction is at
@@ -97,7 +97,7 @@ class FractionBuilder {
         if (next != kNever) choices.push_back(b_.seq(b_.byte(digit_set(d, d)), next));
       }
     }
-    return known_[{n, tight_low, tight_high}] = b_.alt(std::move(choices));
+    return known_[{n, tight_low, tight_high}] = b_.alt(choices);
   }
 
   GraphBuilder& b_;
@@ -131,7 +131,7 @@ NodeId size_node(GraphBuilder& b, const Bound& low, const Bound* high, int max_d
   if (high != nullptr) choices.push_back(b.seq(b.literal(high->whole), fraction(nullptr, high)));
   const int64_t last = high != nullptr ? to - 1 : to;
   if (from + 1 <= last) choices.push_back(b.seq(natural_node(b, from + 1, last), fraction(nullptr, nullptr)));
-  return b.alt(std::move(choices));
+  return b.alt(choices);
 }
 
 }  // namespace
@@ -143,7 +143,7 @@ NodeId integer_node(GraphBuilder& b, int64_t low, int64_t high) {
   std::vector<NodeId> choices;
   if (low < 0 && low <= high) choices.push_back(b.byte('-', natural_node(b, std::max<int64_t>(1, -high), -low)));
   if (high >= 0) choices.push_back(natural_node(b, std::max<int64_t>(low, 0), high));
-  return b.alt(std::move(choices));
+  return b.alt(choices);
 }
 
 Bound parse_bound(std::string_view number, bool exclusive) {
@@ -205,7 +205,7 @@ NodeId number_node(GraphBuilder& b, const std::optional<Bound>& low, const std::
   }
   if (!high || !high->negative)
     choices.push_back(size_node(b, low && !low->negative ? *low : zero, high ? &*high : nullptr, max_digits));
-  return b.alt(std::move(choices));
+  return b.alt(choices);
 }
 
 }  // namespace mm::grammar

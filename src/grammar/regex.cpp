@@ -328,7 +328,7 @@ NodeId regex_node(CharNodes& chars, const Regex& r) {
     case Regex::Kind::alternate: {
       std::vector<NodeId> choices;
       for (const Regex& part : r.parts) choices.push_back(regex_node(chars, part));
-      return b.alt(std::move(choices));
+      return b.alt(choices);
     }
     case Regex::Kind::repeat: return b.repeat(regex_node(chars, r.parts[0]), r.min, r.max);
     case Regex::Kind::concat: {
