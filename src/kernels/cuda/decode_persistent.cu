@@ -217,24 +217,8 @@ bool plan_shared(Params& p, WeightFormat format, int limit) {
   return false;
 }
 
-using Kernel = void (*)(Params);
-// The shapes of MiniMind's small models get kernels of their own, which are half as large and twice as fast.
-template <WeightFormat kFormat, int... kShape>
-Kernel for_tokens(int n_tok) {
-  if (n_tok == 1) return step_kernel<Traits<kFormat, 1, kShape...>>;
-  return n_tok <= 4 ? step_kernel<Traits<kFormat, 4, kShape...>> : step_kernel<Traits<kFormat, 8, kShape...>>;
-}
-template <WeightFormat kFormat>
-Kernel for_shape(const Params& p) {
-  const auto is = [&](int d, int ff, int head, int kv, int dh) {
-    return p.d_model == d && p.d_ff == ff && p.n_head == head && p.n_kv_head == kv && p.d_head == dh;
-  };
-  if (is(768, 2432, 8, 4, 96)) return for_tokens<kFormat, 768, 2432, 96, 2>(p.n_tok);
-  if (is(512, 1408, 8, 2, 64)) return for_tokens<kFormat, 512, 1408, 64, 4>(p.n_tok);
-  return step_kernel<Traits<kFormat, 8>>;
-}
 Kernel kernel_of(WeightFormat format, const Params& p) {
-  return format == WeightFormat::i8 ? for_shape<WeightFormat::i8>(p) : for_shape<WeightFormat::bf16>(p);
+  return format == WeightFormat::i8 ? kernel_of_i8(p) : kernel_of_bf16(p);
 }
 
 template <class T>

@@ -105,6 +105,9 @@ struct Params {
 #endif
 };
 
+using Kernel = void (*)(Params);
+Kernel kernel_of_bf16(const Params& p), kernel_of_i8(const Params& p);  // for p's shape and number of tokens
+
 // What a kernel is compiled for: kTok 1 or up to 4 or 8 tokens; a model's shape, or 0 for any.
 template <WeightFormat kFormat, int kTok, int kD = 0, int kFf = 0, int kDHead = 0, int kGroup = 0>
 struct Traits {

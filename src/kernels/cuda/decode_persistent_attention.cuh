@@ -23,7 +23,7 @@ constexpr int score_pitch = 2 * keys_per_round + 16;
 
 // What a block does in every layer's attention.
 struct Share {
-  int row = -1, kv = 0, split = 0, n_split = 1, n_key = 0, begin = 0, end = 0;
+  int row = -1, slot = -1, kv = 0, split = 0, n_split = 1, n_key = 0, begin = 0, end = 0;
   __device__ __forceinline__ bool any() const { return row >= 0; }
   __device__ __forceinline__ int rounds() const { return (end - begin + keys_per_round - 1) / keys_per_round; }
 };
@@ -145,18 +145,29 @@ struct HeadValues {
       if (e < D / 2) f(e, a[i]), f(e + D / 2, b[i]);
     }
   }
-  // As the cache holds it.
+  // As the cache holds it, to shared memory and (not null) to the cache.
   template <class T>
-  __device__ __forceinline__ void keep(T* to, float* scale) const {
+  __device__ __forceinline__ void keep(T* to, float* scale, T* cache, float* cache_scale) const {
     if constexpr (sizeof(T) == 2) {
-      each([&](int e, float x) { to[e] = from_float<bf16>(x); });
+      each([&](int e, float x) {
+        const T y = from_float<bf16>(x);
+        to[e] = y;
+        if (cache != nullptr) cache[e] = y;
+      });
     } else {
       float top = 0.0f;
       each([&](int, float x) { top = max_nan(top, fabsf(x)); });
       top = warp_max(top);
-      const float inv = top > 0.0f ? 127.0f / top : 0.0f;
-      each([&](int e, float x) { to[e] = static_cast<int8_t>(max(-127, min(127, __float2int_rn(x * inv)))); });
-      if (threadIdx.x % 32 == 0) *scale = top / 127.0f;  // a NaN stays in the scale
+      const float inv = top > 0.0f ? __fdividef(127.0f, top) : 0.0f;
+      each([&](int e, float x) {
+        const T y = static_cast<int8_t>(max(-127, min(127, __float2int_rn(x * inv))));
+        to[e] = y;
+        if (cache != nullptr) cache[e] = y;
+      });
+      if (threadIdx.x % 32 == 0) {  // a NaN stays in the scale
+        *scale = top * (1.0f / 127.0f);
+        if (cache != nullptr) *cache_scale = top * (1.0f / 127.0f);
+      }
     }
   }
 };
@@ -195,8 +206,16 @@ __device__ __forceinline__ void attend(const Params& p, unsigned char* smem, con
       bf16* q = reinterpret_cast<bf16*>(smem + p.smem.q + warp * q_pitch);
       x.each([&](int e, float v) { q[e] = from_float<bf16>(v * p.scale2); });
     } else {
-      x.template keep<T>(reinterpret_cast<T*>(smem + p.smem.own) + (warp - G) * D,
-                         reinterpret_cast<float*>(smem + p.smem.own + 2 * D * R::size) + (warp - G));
+      // Into the first round's buffer, or, where the share is longer, aside until its round comes.
+      const int which = warp - G;
+      const bool first = owner && own_at < keys_per_round;
+      T* to = reinterpret_cast<T*>(first ? ring + which * R::values + own_at * R::pitch : smem + p.smem.own + which * D * R::size);
+      float* scale = first ? reinterpret_cast<float*>(ring + R::scales) + which * keys_per_round + own_at
+                           : reinterpret_cast<float*>(smem + p.smem.own + 2 * D * R::size) + which;
+      const int64_t at = layer * (p.kv_layer_stride / D) + static_cast<int64_t>(share.slot) * p.n_kv_head + share.kv;
+      const bool store = owner && share.slot >= 0;
+      T* cache = store ? static_cast<T*>(which == 0 ? p.k : p.v) + at * D : nullptr;
+      x.template keep<T>(to, scale, cache, R::size == 1 ? (which == 0 ? p.k_scale : p.v_scale) + at : nullptr);
     }
   }
   float acc[4] = {0.0f, 0.0f, 0.0f, 0.0f}, top[2] = {minus_infinity(), minus_infinity()}, sum[2] = {0.0f, 0.0f};
@@ -209,21 +228,16 @@ __device__ __forceinline__ void attend(const Params& p, unsigned char* smem, con
       if (round + 1 < n_round) copy_round<T, D>(p, smem, share, layer, round + 1);
       cp_async_commit();
     }
-    if (owner && own_at / keys_per_round == round) {  // into the buffer and the cache
+    if (round > 0 && owner && own_at / keys_per_round == round) {
       constexpr int words = D * R::size / 4;
-      const int64_t slot = p.slots[share.row];
       if (tid < 2 * words) {
-        const uint32_t x = reinterpret_cast<const uint32_t*>(smem + p.smem.own)[tid];
-        const int which = tid / words, i = tid % words;
-        reinterpret_cast<uint32_t*>(buffer + which * R::values + own_at % keys_per_round * R::pitch)[i] = x;
-        T* cache = static_cast<T*>(which == 0 ? p.k : p.v) + layer * p.kv_layer_stride + (slot * p.n_kv_head + share.kv) * D;
-        if (slot >= 0) reinterpret_cast<uint32_t*>(cache)[i] = x;
+        const int which = tid / words;
+        reinterpret_cast<uint32_t*>(buffer + which * R::values + own_at % keys_per_round * R::pitch)[tid % words] =
+            reinterpret_cast<const uint32_t*>(smem + p.smem.own)[tid];
       } else if (R::size == 1 && tid < 2 * words + 2) {
         const int which = tid - 2 * words;
-        const float x = reinterpret_cast<const float*>(smem + p.smem.own + 2 * D)[which];
-        reinterpret_cast<float*>(buffer + R::scales)[which * keys_per_round + own_at % keys_per_round] = x;
-        float* cache = which == 0 ? p.k_scale : p.v_scale;
-        if (slot >= 0) cache[layer * (p.kv_layer_stride / D) + slot * p.n_kv_head + share.kv] = x;
+        reinterpret_cast<float*>(buffer + R::scales)[which * keys_per_round + own_at % keys_per_round] =
+            reinterpret_cast<const float*>(smem + p.smem.own + 2 * D * R::size)[which];
       }
       __syncthreads();
     }

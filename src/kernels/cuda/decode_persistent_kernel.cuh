@@ -69,7 +69,7 @@ __device__ __forceinline__ Share share_of(const Params& p) {
   if (s.split >= s.n_split) return s;
   const int per = (s.n_key + s.n_split - 1) / s.n_split;
   s.begin = min(s.split * per, s.n_key), s.end = min(s.begin + per, s.n_key);
-  s.row = row;
+  s.row = row, s.slot = p.slots[row];
   return s;
 }
 
@@ -79,7 +79,7 @@ constexpr int draw_bytes = (static_cast<int>(sizeof(SampleShared<n_thread>)) + 1
 
 // The next token of a row, by one block. The ring is free by now: it holds the scores (where they fit) and sample_row's
 // memory.
-__device__ __noinline__ void draw(const Params& p, unsigned char* smem, int row, const uint32_t* words) {
+inline __device__ __noinline__ void draw(const Params& p, unsigned char* smem, int row, const uint32_t* words) {
   auto& shared = *reinterpret_cast<SampleShared<n_thread>*>(smem);
   float* score = p.scores != nullptr ? p.scores + static_cast<int64_t>(row) * p.ex.logit_words
                                      : reinterpret_cast<float*>(smem + draw_bytes);
@@ -102,6 +102,39 @@ __device__ __noinline__ void draw(const Params& p, unsigned char* smem, int row,
     }
   }
   __syncthreads();
+  if (sampling.temperature < 1e-3f && sampling.mask < 0 && sampling.edits_begin >= sampling.edits_end) {
+    // Largest logit, lowest id on a tie; -1 where a logit is NaN or +inf or all are -inf.
+    float best = minus_infinity();
+    int id = 0x7fffffff, bad = 0;
+#pragma unroll 4
+    for (int i = tid; i < p.n_vocab; i += n_thread) {
+      const float x = score[i];
+      bad |= !(x < -minus_infinity());
+      if (x > best) best = x, id = i;
+    }
+#pragma unroll 1
+    for (int i = 16; i > 0; i /= 2) {
+      const float other = __shfl_xor_sync(0xffffffffu, best, i);
+      const int other_id = __shfl_xor_sync(0xffffffffu, id, i);
+      if (other > best || (other == best && other_id < id)) best = other, id = other_id;
+    }
+    if (tid % 32 == 0) shared.warp_max[tid / 32] = best, shared.low[tid / 32] = static_cast<uint32_t>(id);
+    bad = __syncthreads_or(bad);
+    if (tid >= 32) return;
+    best = tid < n_warp ? shared.warp_max[tid] : minus_infinity(), id = tid < n_warp ? static_cast<int>(shared.low[tid]) : id;
+#pragma unroll 1
+    for (int i = 8; i > 0; i /= 2) {
+      const float other = __shfl_xor_sync(0xffffffffu, best, i);
+      const int other_id = __shfl_xor_sync(0xffffffffu, id, i);
+      if (other > best || (other == best && other_id < id)) best = other, id = other_id;
+    }
+    if (bad || id == 0x7fffffff) id = -1;
+    if (tid == 0) {
+      p.next_ids[row] = id;
+      if (p.next_ids_host != nullptr) *static_cast<volatile int32_t*>(p.next_ids_host + row) = id;
+    }
+    return;
+  }
   const int32_t id = sample_row<n_thread>(shared, score, score, p.n_vocab, sampling, p.edits, p.masks);
   if (tid == 0) {
     p.next_ids[row] = id;
@@ -155,6 +188,10 @@ __device__ __forceinline__ void work(const Params& p, unsigned char* smem, const
         cursor.advance(static_cast<uint32_t>(n * units), capacity);
       }
       if (done == 0) {
+        if (kind == stage_gate_up && share.any() && layer + 1 < p.n_layer) {  // while the input is on its way
+          __syncthreads();                                                    // attention is done with the buffers
+          with_keys<T>(p, [&](auto t, auto d) { start_keys<decltype(t), decltype(d)::value>(p, smem, share, layer + 1); });
+        }
         MM_TRACE(s * 8 + 1);
         if (has_pairs) take_pairs<T>(p, smem, words + (kind == stage_o ? p.ex.merged : p.ex.act), p.shape[kind].k / 2);
         else take_residual<T>(p, smem, kind == stage_gate_up ? words + p.ex.mid : before, tokens, norms + (kind == stage_gate_up ? d_model : 0));
@@ -162,14 +199,14 @@ __device__ __forceinline__ void work(const Params& p, unsigned char* smem, const
       }
       __syncthreads();  // the input is there, the weights are in registers, the former sums have been read
       if (n <= 0) break;
-      if (threadIdx.x / 32 == n_warp - 1) {
-        copier.taken += static_cast<uint32_t>(n * units);
-        copier.fill(p, smem);
-      }
       if (!T::fixed || kind != stage_down) with_units_per_warp<T::per_d>(units_per_warp(units), second_half);
       else with_units_per_warp<T::per_ff>(0, second_half);
       __syncthreads();
       MM_TRACE(s * 8 + 3);
+      if (copier.mine()) {  // these warps have nothing to add up, and time until the next input
+        copier.taken += static_cast<uint32_t>(n * units);
+        copier.fill(p, smem);
+      }
       reduce_parts<T>(p, smem, n, [&](bool on, int i, int token, int row, float sum) {
         const int tile = tiles.x + done + i, column = tile * 8 + row;
         if (has_pairs) {
@@ -199,9 +236,6 @@ __device__ __forceinline__ void work(const Params& p, unsigned char* smem, const
         with_heads<T>(p, [&](auto t, auto d, auto g) {
           attend<decltype(t), decltype(d)::value, decltype(g)::value>(p, smem, share, layer, words);
         });
-        __syncthreads();  // the buffers are free
-        if (layer + 1 < p.n_layer)
-          with_keys<T>(p, [&](auto t, auto d) { start_keys<decltype(t), decltype(d)::value>(p, smem, share, layer + 1); });
       }
       MM_TRACE(s * 8 + 5);
       if (parts) {
@@ -237,7 +271,7 @@ __global__ void __launch_bounds__(n_thread, 1) step_kernel(const __grid_constant
   __shared__ int32_t tokens[max_tokens];
   const int tid = static_cast<int>(threadIdx.x);
   Copier<T> copier(p);
-  if (tid / 32 == n_warp - 1) {
+  if (copier.mine()) {
     copier.init(p, smem);
     copier.fill(p, smem);
   }
@@ -260,6 +294,28 @@ __global__ void __launch_bounds__(n_thread, 1) step_kernel(const __grid_constant
     p.state->rows[step & 1] = n_tok, p.state->parts[step & 1] = parts ? 1 : 0;
     p.state->step = step + 1;
   }
+}
+
+// The shapes of MiniMind's small models get kernels of their own, which are half as large and twice as fast.
+template <WeightFormat kFormat, int... kShape>
+Kernel for_tokens(int n_tok) {
+#ifdef MM_QUICK
+  return step_kernel<Traits<kFormat, 1, kShape...>>;
+#endif
+  if (n_tok == 1) return step_kernel<Traits<kFormat, 1, kShape...>>;
+  return n_tok <= 4 ? step_kernel<Traits<kFormat, 4, kShape...>> : step_kernel<Traits<kFormat, 8, kShape...>>;
+}
+template <WeightFormat kFormat>
+Kernel for_shape(const Params& p) {
+  const auto is = [&](int d, int ff, int head, int kv, int dh) {
+    return p.d_model == d && p.d_ff == ff && p.n_head == head && p.n_kv_head == kv && p.d_head == dh;
+  };
+  if (is(768, 2432, 8, 4, 96)) return for_tokens<kFormat, 768, 2432, 96, 2>(p.n_tok);
+  if (is(512, 1408, 8, 2, 64)) return for_tokens<kFormat, 512, 1408, 64, 4>(p.n_tok);
+#ifdef MM_QUICK
+  return nullptr;
+#endif
+  return step_kernel<Traits<kFormat, 8>>;
 }
 
 }  // namespace mm::cuda::persistent

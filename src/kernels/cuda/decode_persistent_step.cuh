@@ -8,16 +8,19 @@
 namespace mm::cuda::persistent {
 
 // --- copying weights ----------------------------------------------------------------------------------------------
-// One warp's work: keeps the ring full.
+// Keeps the ring full: the work of the last n_copier warps (below sm_90) or of one lane of each.
+constexpr int n_copier = 4;
 template <class T>
 struct Copier {
   static constexpr uint32_t slot_bytes = slot_units * T::unit;
   const unsigned char* from;
-  uint32_t total, next = 0, taken = 0;  // units of the stream; slots copied; units that have left the ring
+  uint32_t total, next, slot, taken = 0;  // units of the stream; this warp's next copy and its slot; units taken out
+  static __device__ __forceinline__ bool mine() { return threadIdx.x / 32 >= n_warp - n_copier; }
   __device__ __forceinline__ explicit Copier(const Params& p) {
     const uint32_t begin = p.block_begin[blockIdx.x];
     from = p.stream + static_cast<int64_t>(begin) * T::unit;
     total = p.block_begin[blockIdx.x + 1] - begin;
+    next = slot = threadIdx.x / 32 % n_copier;
   }
   __device__ __forceinline__ void init(const Params& p, unsigned char* smem) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -25,8 +28,9 @@ struct Copier {
 #else
     constexpr uint32_t arrivals = 32;
 #endif
-    for (int i = static_cast<int>(threadIdx.x) % 32; i < p.smem.n_slots; i += 32)
-      asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(smem + p.smem.full + 8 * i)), "r"(arrivals)
+    const uint32_t lane = threadIdx.x % 32;
+    for (uint32_t i = next + n_copier * lane; i < static_cast<uint32_t>(p.smem.n_slots); i += 32 * n_copier)
+      asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(smem + p.smem.full) + 8 * i), "r"(arrivals)
                    : "memory");
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     hopper::mbarrier_init_fence();
@@ -39,32 +43,29 @@ struct Copier {
     const uint32_t end = min((total + slot_units - 1) / slot_units, taken / slot_units + n_slots);
     const uint32_t ring = shared_address(smem), full = shared_address(smem + p.smem.full);
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    uint64_t policy;
+    if (lane != 0) return;
+#endif
 #pragma unroll 1
-    for (uint32_t c = next + lane; c < end; c += 32) {
-      const uint32_t slot = c % n_slots, bytes = min(total - c * slot_units, static_cast<uint32_t>(slot_units)) * T::unit;
+    while (next < end) {
+      const uint32_t bytes = min(total - next * slot_units, static_cast<uint32_t>(slot_units)) * T::unit;
       const uint32_t to = ring + slot * slot_bytes, bar = full + 8 * slot;
-      const unsigned char* source = from + static_cast<int64_t>(c) * slot_bytes;
-      if (static_cast<int>(c & 15) < p.resident_16ths)
-        asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
-      else asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+      const unsigned char* source = from + static_cast<uint64_t>(next) * slot_bytes;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+      // createpolicy's evict_last and evict_first
+      const uint64_t policy = static_cast<int>(next & 15) < p.resident_16ths ? 0x14f0000000000000ull : 0x12f0000000000000ull;
       asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
       asm volatile(
           "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
               "r"(to),
           "l"(source), "r"(bytes), "r"(bar), "l"(policy)
           : "memory");
-    }
 #else
-#pragma unroll 1
-    for (uint32_t c = next; c < end; c++) {
-      const uint32_t slot = c % n_slots, bytes = min(total - c * slot_units, static_cast<uint32_t>(slot_units)) * T::unit;
-      for (uint32_t i = lane * 16; i < bytes; i += 512)
-        cp_async16(ring + slot * slot_bytes + i, from + static_cast<int64_t>(c) * slot_bytes + i);
-      asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(full + 8 * slot) : "memory");
-    }
+      for (uint32_t i = lane * 16; i < bytes; i += 512) cp_async16(to + i, source + i);
+      asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(bar) : "memory");
 #endif
-    next = end;
+      next += n_copier, slot += n_copier;
+      if (slot >= n_slots) slot -= n_slots;
+    }
   }
 };
 
@@ -84,7 +85,7 @@ __device__ __forceinline__ void each_part_of_set(const Params& p, int64_t rows, 
 }
 
 // By the threads from `thread` on of `n` of every block.
-__device__ __noinline__ void keep_house(const Params& p, uint32_t step, bool parts, int thread, int n) {
+inline __device__ __noinline__ void keep_house(const Params& p, uint32_t step, bool parts, int thread, int n) {
   const int set = static_cast<int>(step & 1);
   const int64_t first = static_cast<int64_t>(blockIdx.x) * n + thread, stride = static_cast<int64_t>(gridDim.x) * n;
   uint32_t* now = p.ex.set[set];
@@ -149,9 +150,6 @@ __device__ __forceinline__ void take(const Params& p, unsigned char* smem, Held<
       held.w[i * kPer + j] = reinterpret_cast<const uint4*>(from)[lane];
       if constexpr (T::format == WeightFormat::i8)
         held.scale[i * kPer + j] = reinterpret_cast<const uint32_t*>(from + 512)[lane / 4];
-      // Only a tile's last units can be missing.
-      if (j == kPer - 1 && unit >= units) held.w[i * kPer + j] = make_uint4(0, 0, 0, 0);
-      if (kPer == 8 && j == kPer - 2 && unit >= units) held.w[i * kPer + j] = make_uint4(0, 0, 0, 0);
     }
   }
 }
@@ -185,7 +183,8 @@ __device__ __forceinline__ void multiply(const Params& p, unsigned char* smem, c
   for (int i = 0; i < n_tile; i++) c[i][0] = c[i][1] = c[i][2] = c[i][3] = 0.0f;
 #pragma unroll
   for (int j = 0; j < kPer; j++) {
-    const int unit = min(warp + n_warp * j, units - 1);
+    const int unit = warp + n_warp * j;
+    if (unit >= units) break;
 #pragma unroll
     for (int i = 0; i < n_tile; i++) {
       if (i >= tiles) break;
@@ -239,7 +238,7 @@ __device__ __forceinline__ void with_units_per_warp(int n, F&& f) {
 }
 
 // --- inputs of a stage --------------------------------------------------------------------------------------------
-__device__ __noinline__ float4 embedded(const Params& p, int64_t id, int c) {
+inline __device__ __noinline__ float4 embedded(const Params& p, int64_t id, int c) {
   const int64_t at = id * p.d_model + c;
   if (p.embed_format == WeightFormat::f32) return *reinterpret_cast<const float4*>(static_cast<const float*>(p.embed) + at);
   if (p.embed_format == WeightFormat::i8) {
