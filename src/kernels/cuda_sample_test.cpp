@@ -32,7 +32,7 @@ struct Expected {
 
 // The sampler in double.
 Expected reference_draw(const SampleRow& r) {
-  constexpr double near = 1e-5;
+  constexpr double near = 2e-6;
   const size_t n = r.logits.size();
   std::vector<double> x(r.logits.begin(), r.logits.end());
   for (const LogitEdit& e : r.edits) {
@@ -78,9 +78,6 @@ Expected reference_draw(const SampleRow& r) {
       want.close = want.close || std::abs(cumulated - limit) < near * total;
     }
     pool.resize(kept);
-    // The order of nearly equal probabilities is a matter of rounding as well.
-    for (size_t i = 1; i < pool.size(); i++)
-      want.close = want.close || (pool[i - 1].score != pool[i].score && pool[i - 1].score - pool[i].score < 1e-6);
   }
   std::erase_if(pool, [&](const Token& t) {
     want.close = want.close || std::abs(t.prob - static_cast<double>(r.p.min_p)) < 1e-7;
@@ -91,12 +88,16 @@ Expected reference_draw(const SampleRow& r) {
   for (const Token& t : pool) total += t.prob;
   const auto bits = philox4x32(r.p.seed, r.p.stream, r.p.index);
   const double u = static_cast<double>((uint64_t{bits[0]} << 32 | bits[1]) >> 11) * 0x1p-53;
-  for (const Token& t : pool) {
-    cumulated += t.prob;
+  size_t at = 0;
+  for (size_t i = 0; i < pool.size(); i++) {
+    cumulated += pool[i].prob;
     want.close = want.close || std::abs(u - cumulated / total) < near;
-    if (want.id < 0 && u < cumulated / total) want.id = t.id;
+    if (u >= cumulated / total) at = std::min(i + 1, pool.size() - 1);
   }
-  if (want.id < 0) want.id = pool.back().id;
+  want.id = pool[at].id;
+  // The order of nearly equal probabilities is a matter of rounding as well.
+  for (size_t i = at > 0 ? at - 1 : 0; r.p.top_p < 1.0f && i < std::min(at + 1, pool.size() - 1); i++)
+    want.close = want.close || (pool[i].score != pool[i + 1].score && pool[i].score - pool[i + 1].score < 1e-6);
   return want;
 }
 

@@ -7,7 +7,7 @@
 //   O^T [D, 8 heads]      += V^T [D, 16] P^T      the same; P^T from S^T by movmatrix
 //
 // Which elements of D stand at which place of the reduction (K) or of the rows (V^T) is free, so each lane takes pieces
-// of 8 to 16 bytes straight from the rows (lane = 4 g + m):
+// of 4 to 16 bytes from the rows as they lie (lane = 4 g + m):
 //   keys    g and g + 8:                    elements 32 c + 8 m .. + 8 of each 32
 //   values  2m, 2m + 1, 2m + 8, 2m + 9:     elements 8 VE c + VE g .. + VE, VE = 8 (D 64, 128) or 4 (D 32, 96); two
 //           keys' words are interleaved by one permutation of bytes
@@ -15,28 +15,34 @@
 // values P.
 //
 // Tiles of 16 keys are dealt out to the warps of a cluster of blocks (sm_90 and up; elsewhere of blocks whose parts a
-// second kernel merges). Copies pass through a ring in shared memory (cp.async) of which each thread reads what it
-// copied itself (scales: what its warp copied): no barriers, 6 KB a warp and stage at d 96. The row numbers of a tile
-// are looked up one tile ahead of its copies. Partial results merge in a fixed order as in attention_decode.cu.
+// second kernel merges). A warp copies its tiles into a ring of its own in shared memory, 16 bytes at a time past the
+// first-level cache (which would be too small for what must be under way), so blocks have no barriers before the merge.
+// The row numbers of a tile are looked up one tile ahead of its copies. Partial results merge in a fixed order as in
+// attention_decode.cu.
 //
 // Bytes: 2 d_head sizeof(C) a key and key head (int8: + 8).
 //
 // plain_kernel: everything else (fp32, mixed formats), a block a (row, head), fp32 arithmetic.
 #include "kernels/cuda/attention_mma.cuh"
 #include "kernels/cuda/infer_kernels.h"
+#include "kernels/cuda/launch.cuh"
 
 namespace mm::cuda {
 namespace {
 
-constexpr int max_split = 8, invariant_split = 4;
+constexpr int max_split = 8, invariant_split = 2;
 
 // C: elements of keys and values.
-template <class C, int D, int kWarps>
+template <class C, int D, int kWarps, int kStages>
 struct Ring {
-  static constexpr int size = static_cast<int>(sizeof(C)), stages = kWarps == 4 ? 3 : 2;
-  static constexpr int k_chunks = D / 32, k_bytes = 8 * size;  // of a key and lane
+  static constexpr int size = static_cast<int>(sizeof(C)), stages = kStages;
+  static constexpr int row = D * size, row_chunks = row / 16;  // a key's or value's bytes; copied 16 at a time
+  // Distances of rows at which the lanes' reads meet no bank twice: an odd multiple of 64 bytes (int8: 32) for keys, 16
+  // more than the row for values.
+  static constexpr int k_unit = 32 * size, k_pitch = (row / k_unit | 1) * k_unit, v_pitch = row + 16;
+  static constexpr int k_bytes = 8 * size;  // a lane's piece of a row: D / 32 of them
   static constexpr int v_elements = D % 64 == 0 ? 8 : 4, v_chunks = D / 8 / v_elements, v_bytes = v_elements * size;
-  static constexpr int v_at = 32 * 2 * k_chunks * k_bytes, scale_at = v_at + 32 * 4 * v_chunks * v_bytes;
+  static constexpr int v_at = 16 * k_pitch, scale_at = v_at + 16 * v_pitch;
   static constexpr int stage = scale_at + (size == 1 ? 128 : 0), warp = stages * stage, bytes = kWarps * warp;
 };
 
@@ -59,12 +65,6 @@ __device__ __forceinline__ void cluster_store(float* p, int rank, float x) {
 #else
   *p = x;
 #endif
-}
-template <int bytes>
-__device__ __forceinline__ void copy_chunk(uint32_t dst, const void* src, bool valid) {
-  if constexpr (bytes == 16) cp_async16(dst, src, valid);
-  else if constexpr (bytes == 8) cp_async8(dst, src, valid);
-  else cp_async4(dst, src, valid);
 }
 template <int words>
 __device__ __forceinline__ void load_words(uint32_t (&w)[words], const unsigned char* p) {
@@ -116,11 +116,11 @@ __device__ __forceinline__ uint32_t widen(uint32_t w) {
 __device__ __forceinline__ float reference(float m) { return m == minus_infinity() ? 0.0f : m; }
 
 // part: where the blocks of one (row, heads) leave {m, l, out[D]}, [row, head, split, D + 2]; null: a cluster merges.
-template <class T, class C, int D, int kHeads, int kWarps>
-__global__ void __launch_bounds__(kWarps * 32)
+template <class T, class C, int D, int kHeads, int kWarps, int kStages, int kBlocks>
+__global__ void __launch_bounds__(kWarps * 32, kBlocks)
     paged_kernel(const __grid_constant__ PagedAttention a, const __grid_constant__ KvLayer kv, float scale2,
                  int n_split, float* part) {
-  using R = Ring<C, D, kWarps>;
+  using R = Ring<C, D, kWarps, kStages>;
   constexpr bool kInt8 = sizeof(C) == 1;
   using P = std::conditional_t<kInt8, bf16, T>;  // of P and V: with scales in P, f16 could underflow
   constexpr int n_thread = kWarps * 32, tile = 16, steps = D / 16;
@@ -131,9 +131,11 @@ __global__ void __launch_bounds__(kWarps * 32)
   const int row = static_cast<int>(blockIdx.z), kv_head = first_head / (a.n_head / a.n_kv_head);
   const int tid = static_cast<int>(threadIdx.x), warp = tid / 32, lane = tid % 32, g = lane / 4, m4 = lane % 4;
   cluster_arrive();
-  const int n_key = a.n_key[row], seq = a.seq[row];
+  let_next_begin();
+  const int n_key = a.n_key[row], seq = a.seq[row];  // the host's: no kernel of the step writes them or the table
   T* const out_row = static_cast<T*>(a.out) + row * a.ldo + first_head * D;
   if (n_key <= 0) {
+    wait_for_previous();
     if (split == 0) {
       for (int i = tid; i < kHeads * D; i += n_thread) out_row[i] = from_float<T>(0.0f);
     }
@@ -142,8 +144,7 @@ __global__ void __launch_bounds__(kWarps * 32)
   }
   const int32_t* table = a.table + seq * a.table_ld;
   const int64_t ld = static_cast<int64_t>(a.n_kv_head) * D;
-  const C *k = static_cast<const C*>(kv.k) + kv_head * D + m4 * 8,
-          *v = static_cast<const C*>(kv.v) + kv_head * D + g * R::v_elements;
+  const C *k = static_cast<const C*>(kv.k) + kv_head * D, *v = static_cast<const C*>(kv.v) + kv_head * D;
   const int n_tile = (n_key + tile - 1) / tile, tile_step = n_split * kWarps;
   unsigned char* const ring = memory + warp * R::warp;
   const uint32_t ring_at = shared_address(ring);
@@ -157,21 +158,12 @@ __global__ void __launch_bounds__(kWarps * 32)
   const auto copy_tile = [&](int rows, int stage) {
     const uint32_t at = ring_at + stage * R::stage;
 #pragma unroll
-    for (int j = 0; j < 2; j++) {
-      const int r = __shfl_sync(0xffffffffu, rows, g + 8 * j);
-      const C* from = k + max(r, 0) * ld;
-#pragma unroll
-      for (int c = 0; c < R::k_chunks; c++)
-        copy_chunk<R::k_bytes>(at + ((j * R::k_chunks + c) * 32 + lane) * R::k_bytes, from + c * 32, r >= 0);
-    }
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-      const int r = __shfl_sync(0xffffffffu, rows, 2 * m4 + (j & 1) + (j & 2) * 4);
-      const C* from = v + max(r, 0) * ld;
-#pragma unroll
-      for (int c = 0; c < R::v_chunks; c++)
-        copy_chunk<R::v_bytes>(at + R::v_at + ((j * R::v_chunks + c) * 32 + lane) * R::v_bytes,
-                               from + c * 8 * R::v_elements, r >= 0);
+    for (int i = 0; i < R::row_chunks / 2; i++) {
+      const int chunk = i * 32 + lane, key = chunk / R::row_chunks, c = chunk % R::row_chunks;
+      const int r = __shfl_sync(0xffffffffu, rows, key);
+      const int64_t from = max(r, 0) * ld + c * (16 / R::size);
+      cp_async16(at + key * R::k_pitch + c * 16, k + from, r >= 0);
+      cp_async16(at + R::v_at + key * R::v_pitch + c * 16, v + from, r >= 0);
     }
     if constexpr (kInt8) {  // [k: keys 0-7, 8-15, v: the same]
       const int r = __shfl_sync(0xffffffffu, rows, lane % 16);
@@ -180,6 +172,13 @@ __global__ void __launch_bounds__(kWarps * 32)
     }
   };
   int next = split * kWarps + warp, rows = next < n_tile ? look_up(next) : -1;
+  if (rows >= 0) {  // the newest keys may still be on their way to memory, but what lies there can come closer
+    const char* at =
+        reinterpret_cast<const char*>(static_cast<const C*>(lane < 16 ? kv.k : kv.v) + rows * ld + kv_head * D);
+#pragma unroll
+    for (int i = 0; i < D * R::size; i += 64) asm volatile("prefetch.global.L2 [%0];" ::"l"(at + i));
+  }
+  wait_for_previous();
 #pragma unroll
   for (int i = 0; i < R::stages - 1; i++) {
     if (next < n_tile) {
@@ -201,8 +200,7 @@ __global__ void __launch_bounds__(kWarps * 32)
   }
   float out[steps][4] = {}, top[2] = {minus_infinity(), minus_infinity()}, sum[2] = {};
   for (int i = split * kWarps + warp, stage = 0; i < n_tile; i += tile_step) {
-    if constexpr (kInt8) __syncwarp();  // all lanes have read the scales that the copies overwrite
-    asm volatile("" ::: "memory");
+    __syncwarp();  // all lanes have read what the copies overwrite
     if (next < n_tile) {
       copy_tile(rows, stage == 0 ? R::stages - 1 : stage - 1);
       next += tile_step;
@@ -210,24 +208,26 @@ __global__ void __launch_bounds__(kWarps * 32)
     }
     cp_async_commit();
     cp_async_wait<R::stages - 1>();
-    if constexpr (kInt8) __syncwarp();
+    __syncwarp();
     const unsigned char* at = ring + stage * R::stage;
-    float s[4] = {};
+    float s[4] = {}, odd[4] = {};  // two chains of products
 #pragma unroll
-    for (int c = 0; c < R::k_chunks; c++) {
+    for (int c = 0; c < D / 32; c++) {
       constexpr int words = R::k_bytes / 4;
       uint32_t x[words], y[words];
-      load_words(x, at + (c * 32 + lane) * R::k_bytes);
-      load_words(y, at + ((R::k_chunks + c) * 32 + lane) * R::k_bytes);
+      load_words(x, at + g * R::k_pitch + (4 * c + m4) * R::k_bytes);
+      load_words(y, at + (g + 8) * R::k_pitch + (4 * c + m4) * R::k_bytes);
 #pragma unroll
       for (int j = 0; j < 2; j++) {
         const int t = 2 * c + j;
         if constexpr (kInt8)
-          product<T>(s, widen<T>(__byte_perm(x[j], 0, 0x0100)), widen<T>(__byte_perm(y[j], 0, 0x0100)),
+          product<T>(j == 0 ? s : odd, widen<T>(__byte_perm(x[j], 0, 0x0100)), widen<T>(__byte_perm(y[j], 0, 0x0100)),
                      widen<T>(__byte_perm(x[j], 0, 0x0302)), widen<T>(__byte_perm(y[j], 0, 0x0302)), q[t][0], q[t][1]);
-        else product<T>(s, x[2 * j], y[2 * j], x[2 * j + 1], y[2 * j + 1], q[t][0], q[t][1]);
+        else product<T>(j == 0 ? s : odd, x[2 * j], y[2 * j], x[2 * j + 1], y[2 * j + 1], q[t][0], q[t][1]);
       }
     }
+#pragma unroll
+    for (int e = 0; e < 4; e++) s[e] += odd[e];
     float vs[2] = {1.0f, 1.0f};
 #pragma unroll
     for (int j = 0; j < 2; j++) {
@@ -264,7 +264,8 @@ __global__ void __launch_bounds__(kWarps * 32)
       constexpr int words = R::v_bytes / 4, pairs = R::v_elements / 2;
       uint32_t x[4][words];
 #pragma unroll
-      for (int j = 0; j < 4; j++) load_words(x[j], at + R::v_at + ((j * R::v_chunks + c) * 32 + lane) * R::v_bytes);
+      for (int j = 0; j < 4; j++)
+        load_words(x[j], at + R::v_at + (2 * m4 + (j & 1) + (j & 2) * 4) * R::v_pitch + (8 * c + g) * R::v_bytes);
 #pragma unroll
       for (int e = 0; e < pairs; e++) {
         if constexpr (kInt8) {
@@ -441,30 +442,21 @@ __global__ void __launch_bounds__(plain_warps * 32)
   }
 }
 
-template <class T, class C, int D, int kHeads, int kWarps>
+template <class T, class C, int D, int kHeads, int kWarps, int kStages, int kBlocks>
 void launch(const Context& ctx, const KvLayer& kv, const PagedAttention& a, int n_split) {
-  constexpr int shared = Ring<C, D, kWarps>::bytes;
-  const auto kernel = paged_kernel<T, C, D, kHeads, kWarps>;
-  static const cudaError_t once = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  constexpr int shared = Ring<C, D, kWarps, kStages>::bytes;
+  const auto kernel = paged_kernel<T, C, D, kHeads, kWarps, kStages, kBlocks>;
+  static const cudaError_t once = [&] {
+    const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
+    return e != cudaSuccess ? e : cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  }();
   MM_CUDA_CHECK(once);
   const dim3 grid(static_cast<unsigned>(n_split), static_cast<unsigned>(a.n_head / kHeads),
                   static_cast<unsigned>(a.n_row));
   const float scale2 = a.scale * log2_e;
-  if (ctx.arch >= 90 || n_split == 1) {
-    cudaLaunchAttribute cluster = {};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = static_cast<unsigned>(n_split);
-    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = grid;
-    config.blockDim = dim3(kWarps * 32);
-    config.dynamicSmemBytes = shared;
-    config.stream = ctx.stream;
-    config.attrs = &cluster;
-    config.numAttrs = n_split > 1 ? 1 : 0;
-    MM_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, a, kv, scale2, n_split, static_cast<float*>(nullptr)));
-    return;
-  }
+  if (ctx.arch >= 90 || n_split == 1)
+    return launch_overlapped(ctx, kernel, grid, kWarps * 32, shared, static_cast<unsigned>(n_split), a, kv, scale2,
+                             n_split, nullptr);
   auto* part =
       Scratch(ctx).take<float>(static_cast<size_t>(a.n_row) * static_cast<size_t>(a.n_head * n_split * (D + 2)));
   kernel<<<grid, kWarps * 32, shared, ctx.stream>>>(a, kv, scale2, n_split, part);
@@ -474,23 +466,21 @@ void launch(const Context& ctx, const KvLayer& kv, const PagedAttention& a, int 
   MM_CUDA_LAUNCHED();
 }
 
-// As many parts as are resident at once and have a tile for each warp.
-int choose_split(const Context& ctx, const PagedAttention& a, int n_heads, int n_warp, int blocks_per_sm) {
-  if (a.invariant) return invariant_split;
-  const int64_t pairs = a.n_row * (a.n_head / n_heads);
-  int n_split = 1;
-  while (n_split < max_split && 2 * n_split * pairs <= int64_t{blocks_per_sm} * ctx.n_sm &&
-         n_split * n_warp * 16 < a.max_key)
-    n_split *= 2;
-  return n_split;
-}
-
 template <class T, class C, int D>
 void launch_for_group(const Context& ctx, const KvLayer& kv, const PagedAttention& a) {
   const int group = a.n_head / a.n_kv_head;
   const auto with_heads = [&](auto heads) {
     constexpr int kHeads = heads.value;
-    launch<T, C, D, kHeads, 4>(ctx, kv, a, choose_split(ctx, a, kHeads, 4, 3));
+    const int64_t pairs = a.n_row * (a.n_head / kHeads);
+    // Blocks of 8 warps, in as many parts as leave each an SM of its own and its warps a tile; where there are more
+    // blocks than that, of 16-bit keys, smaller blocks fit more evenly.
+    int n_split = 1;
+    while (n_split < max_split && 2 * n_split * pairs <= ctx.n_sm && n_split * 8 * 16 < a.max_key) n_split *= 2;
+    if (a.invariant) n_split = invariant_split;
+    // d 128, 16 bits: what 8 warps keep would not fit every GPU.
+    if ((sizeof(C) == 2 && D == 128) || (sizeof(C) == 2 && !a.invariant && pairs > 2 * ctx.n_sm))
+      return launch<T, C, D, kHeads, 4, 3, 2>(ctx, kv, a, n_split);
+    launch<T, C, D, kHeads, 8, 2, 2>(ctx, kv, a, n_split);
   };
   if (group % 8 == 0) return with_heads(std::integral_constant<int, 8>{});
   if (group % 4 == 0) return with_heads(std::integral_constant<int, 4>{});

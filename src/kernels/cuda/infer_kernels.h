@@ -55,6 +55,22 @@ void quantize_i8(const Context& ctx, int8_t* data, void* scales, const float* w,
 void linear_i8(const Context& ctx, DType t, void* y, const void* x, const int8_t* data, const void* scales,
                const void* residual, int64_t m, int64_t n, int64_t k);
 
+// Products of few tokens with what stands around them, in one launch (linear_few.cu): y = f(norm(x) w^T) + residual,
+// bf16 or f16. Right for any m, made for up to 256.
+struct FewLinear {
+  void* y = nullptr;               // [m, n], with swiglu [m, n / 2]
+  const void* x = nullptr;         // [m, k] T
+  const void* w = nullptr;         // [n, k] T, or int8 with `scales`
+  const void* scales = nullptr;    // f16 [n, k / 32]
+  const void* norm = nullptr;      // [k] T: x is normalized by its root mean square and multiplied by this; null: not
+  const void* residual = nullptr;  // as y, may be y
+  float eps = 1e-6f;
+  bool swiglu = false;  // f = silu(first half) * second half
+  int64_t m = 0, n = 0, k = 0;
+};
+bool linear_few_fits(DType t, const FewLinear& a);  // k a multiple of 32, rows aligned to 16 bytes
+void linear_few(const Context& ctx, DType t, const FewLinear& a);
+
 // --- sampling: sample.cu -----------------------------------------------------------------------------------------
 // Draws one token a row. logits [n, ld] T or f32 (unchanged); params [n]; edits, masks as in sample.h (masks
 // [.., ceil(n_vocab / 32)]). ids[i] receives the token, or -1 where a logit is NaN or +inf or nothing is allowed.

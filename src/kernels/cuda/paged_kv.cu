@@ -11,6 +11,7 @@
 // Bytes: n (H + 2 K) d_head (sizeof(T) + that of the format).
 #include "kernels/cuda/device_math.cuh"
 #include "kernels/cuda/infer_kernels.h"
+#include "kernels/cuda/launch.cuh"
 
 namespace mm::cuda {
 namespace {
@@ -94,15 +95,19 @@ __global__ void __launch_bounds__(kWarps * 32) norm_rope_kernel(Rows<T, C> a, Sh
   Raw<T, V> lo = {}, hi = {};
   float u[V], v[V], cos[V] = {}, sin[V] = {}, wu[V] = {}, wv[V] = {};
   int slot = -1;
-  if (on) {
-    const T* x = a.qkv + (static_cast<int64_t>(t) * heads + h) * s.d_head + c;
-    lo.load(x), hi.load(x + half);
+  let_next_begin();
+  if (on) {  // what no kernel of the step writes
     if (!query) slot = s.slots[t];
     if (w != nullptr) load(wu, w + c), load(wv, w + c + half);
     if (rotated) {
       const int64_t at = static_cast<int64_t>(s.positions[t]) * half + c;
       load(cos, s.cos + at), load(sin, s.sin + at);
     }
+  }
+  wait_for_previous();
+  if (on) {
+    const T* x = a.qkv + (static_cast<int64_t>(t) * heads + h) * s.d_head + c;
+    lo.load(x), hi.load(x + half);
   }
   lo.get(u), hi.get(v);
   float sum = 0;

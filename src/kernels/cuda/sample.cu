@@ -13,6 +13,7 @@
 //
 // Bytes: n_vocab sizeof(T) a row; the time is that of some fifteen barriers and ten walks over shared memory.
 #include "kernels/cuda/infer_kernels.h"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/sample.cuh"
 
 namespace mm::cuda {
@@ -31,6 +32,7 @@ __global__ void __launch_bounds__(kThreads)
   float* score =
       scratch != nullptr ? scratch + row * n_vocab : reinterpret_cast<float*>(memory + sizeof(SampleShared<kThreads>));
   const RowSampling p = params[row];
+  wait_for_previous();
   const int32_t id = sample_row<kThreads>(shared, score, logits + row * ld, n_vocab, p, edits, masks);
   if (threadIdx.x == 0) {
     ids[row] = id;
@@ -140,10 +142,10 @@ void sample_rows(const Context& ctx, DType t, int32_t* ids, int32_t* ids_host, c
     float* scores = fits ? nullptr : scratch.take<float>(static_cast<size_t>(step * n_vocab));
     for (int64_t first = 0; first < n; first += step) {  // one after another on the stream: they share the scratch
       const auto blocks = static_cast<unsigned>(std::min(step, n - first));
-      kernel<<<blocks, sample_threads, static_cast<size_t>(fits ? on_chip : fixed), ctx.stream>>>(
-          ids + first, ids_host != nullptr ? ids_host + first : nullptr, static_cast<const T*>(logits) + first * ld, ld,
-          static_cast<int>(n_vocab), params + first, edits, masks, scores);
-      MM_CUDA_LAUNCHED();
+      launch_overlapped(ctx, kernel, dim3(blocks), sample_threads, static_cast<size_t>(fits ? on_chip : fixed), 1,
+                        ids + first, ids_host != nullptr ? ids_host + first : nullptr,
+                        static_cast<const T*>(logits) + first * ld, ld, static_cast<int>(n_vocab), params + first,
+                        edits, masks, scores);
     }
   });
 }

@@ -11,7 +11,7 @@ constexpr int sample_bins = 2048;
 
 // Shared memory of a block of kThreads threads that draws. Free for other use between draws (behind a barrier).
 template <int kThreads>
-struct SampleShared {
+struct alignas(16) SampleShared {
   static_assert(kThreads % 32 == 0 && kThreads <= 1024 && sample_bins % kThreads == 0);
   uint32_t low[sample_bins], high[sample_bins];  // of the weights of keys in a bin
   uint64_t list[kThreads];                       // candidates: key << 32 | id
@@ -23,6 +23,9 @@ struct SampleShared {
 };
 
 namespace sampling {
+
+template <int kThreads>
+constexpr int few_candidates = kThreads / 8;
 
 // Inclusive sum over the threads of the block, in their order. Ends behind a barrier.
 template <int kThreads, class S>
@@ -49,9 +52,20 @@ __device__ __forceinline__ S block_scan(S x, S& total, uint64_t* shared) {
   return warp > 0 ? before + x : x;
 }
 
-// Sorts list[0, kThreads), of which the first `n` are set, ascending; what lies behind them becomes ~0.
+// Sorts list[0, n), n <= kThreads, all different, ascending.
 template <int kThreads>
 __device__ __forceinline__ void sort_list(uint64_t* list, int n) {
+  if (n <= few_candidates<kThreads>) {  // the place of each is the number of smaller ones; 8 lanes count
+    const int mine = static_cast<int>(threadIdx.x) / 8, lane = static_cast<int>(threadIdx.x) % 8;
+    const uint64_t x = mine < n ? list[mine] : 0;
+    int place = 0;
+    for (int i = lane; i < n; i += 8) place += list[i] < x ? 1 : 0;
+    place = warp_sum<8>(place);
+    __syncthreads();
+    if (lane == 0 && mine < n) list[place] = x;
+    __syncthreads();
+    return;
+  }
   int width = 32;
   while (width < n) width *= 2;
   const int i = static_cast<int>(threadIdx.x);
@@ -274,37 +288,33 @@ __device__ int32_t sample_row(SampleShared<kThreads>& s, float* score, const T* 
     if (any_k) part += prob(x);
   }
   __syncthreads();
-  int last_bin = 0, n = 0;
-  bool complete = false;  // the list holds all that top-k leaves
   float all_mass = 0;
-  {
-    constexpr int per_thread = sample_bins / kThreads;
-    uint32_t count = 0, total;
+  if (any_k) (void)block_scan<kThreads>(part, all_mass, s.warp_sum);
+  constexpr int bins_each = sample_bins / kThreads, few = few_candidates<kThreads>;
+  uint32_t bin_count = 0, n_counted;
 #pragma unroll
-    for (int j = 0; j < per_thread; j++) count += s.low[tid * per_thread + j];
-    const uint32_t inclusive = block_scan<kThreads>(count, total, s.warp_sum);
-    uint32_t at = inclusive - count;
-    const uint32_t wanted = any_k ? kThreads + 1 : static_cast<uint32_t>(p.top_k);
-    if (at < wanted && (inclusive >= wanted || tid == kThreads - 1)) {  // one thread
+  for (int j = 0; j < bins_each; j++) bin_count += s.low[tid * bins_each + j];
+  const uint32_t counted = block_scan<kThreads>(bin_count, n_counted, s.warp_sum);
+  // Without top-k first as many as are sorted quickly: mostly top-p leaves fewer.
+  for (int room = any_k ? few : kThreads; room <= kThreads; room = room < kThreads ? kThreads : kThreads + 1) {
+    const uint32_t wanted = any_k ? static_cast<uint32_t>(room) + 1 : static_cast<uint32_t>(p.top_k);
+    uint32_t at = counted - bin_count;
+    if (at < wanted && (counted >= wanted || tid == kThreads - 1)) {  // one thread
       int j = 0;
-      while (j < per_thread && at + s.low[tid * per_thread + j] < wanted) at += s.low[tid * per_thread + j++];
-      // Bins before tid * per_thread + j hold `at` tokens, fewer than wanted; that one, if there is one, reaches it.
-      const int bin = tid * per_thread + j;
-      const bool reached = j < per_thread;
-      if (any_k || !reached) s.prefix = static_cast<uint32_t>(bin - 1), s.before = at;
-      else s.prefix = static_cast<uint32_t>(bin), s.before = at + s.low[bin];
-      s.high[0] = any_k ? !reached : 1;
-    }
-    if (any_k) {
-      float mass;
-      (void)block_scan<kThreads>(part, mass, s.warp_sum);
-      all_mass = mass;
+      while (j < bins_each && at + s.low[tid * bins_each + j] < wanted) at += s.low[tid * bins_each + j++];
+      // The bins before this one hold `at` tokens, fewer than wanted; it reaches that number, if there is one that
+      // does.
+      const int bin = tid * bins_each + j;
+      const bool reached = j < bins_each, with_it = reached && !any_k;
+      s.prefix = static_cast<uint32_t>(with_it ? bin : bin - 1);
+      s.before = with_it ? at + s.low[bin] : at;
+      s.high[0] = !any_k || !reached;
+      s.n_list = 0;
     }
     __syncthreads();
-    last_bin = static_cast<int>(s.prefix), complete = s.high[0] != 0;
-    n = static_cast<int>(min(s.before, uint64_t{0x7fffffff}));
-  }
-  if (n > 0 && n <= kThreads) {
+    const int last_bin = static_cast<int>(s.prefix), n = static_cast<int>(s.before);
+    const bool complete = s.high[0] != 0;  // the list holds all that top-k leaves
+    if (n > kThreads) break;
     for (int i = tid; i < n_vocab; i += kThreads) {
       const float x = score[i];
       if (bin_of(x) <= last_bin)
@@ -316,29 +326,28 @@ __device__ int32_t sample_row(SampleShared<kThreads>& s, float* score, const T* 
     const bool in_pool = tid < n && (any_k || p.top_k >= n || distance(tid) <= distance(p.top_k - 1));
     float e = in_pool ? expf(-__uint_as_float(distance(tid))) : 0.0f, pool_mass;
     float inclusive = block_scan<kThreads>(e, pool_mass, s.warp_sum);
+    // In floats: of few terms, whose rounding a sum in double would not better much.
     const float limit = any_p ? INFINITY : p.top_p * (any_k ? all_mass : pool_mass);
-    // In double as on the host would cost more than the rounding of a sum of few terms is worth.
+    if (!complete && !__syncthreads_or(tid == n - 1 && inclusive > limit)) continue;
     const bool kept = in_pool && (tid == 0 || inclusive - e <= limit);
-    if (complete || __syncthreads_or(tid == n - 1 && inclusive > limit)) {
-      int n_kept = __syncthreads_count(kept && e >= p.min_p);
-      if (any_p) {  // in the order of ids
-        const uint64_t mine = s.list[tid] << 32 | __float_as_uint(e);
-        __syncthreads();
-        if (tid < n_kept) s.list[tid] = mine;
-        __syncthreads();
-        sort_list<kThreads>(s.list, n_kept);
-        e = tid < n_kept ? __uint_as_float(static_cast<uint32_t>(s.list[tid])) : 0.0f;
-      } else if (tid >= n_kept) {
-        e = 0.0f;
-      }
-      float kept_mass;
-      inclusive = block_scan<kThreads>(e, kept_mass, s.warp_sum);
-      const double target = u * static_cast<double>(kept_mass);
-      const int drawn = min(__syncthreads_count(tid < n_kept && static_cast<double>(inclusive) <= target), n_kept - 1);
-      const uint64_t winner = s.list[drawn];
+    const int n_kept = __syncthreads_count(kept && e >= p.min_p);
+    if (any_p) {  // in the order of ids
+      const uint64_t mine = s.list[tid] << 32 | __float_as_uint(e);
       __syncthreads();
-      return static_cast<int32_t>(any_p ? winner >> 32 : winner & 0xffffffffu);
+      if (tid < n_kept) s.list[tid] = mine;
+      __syncthreads();
+      sort_list<kThreads>(s.list, n_kept);
+      e = tid < n_kept ? __uint_as_float(static_cast<uint32_t>(s.list[tid])) : 0.0f;
+    } else if (tid >= n_kept) {
+      e = 0.0f;
     }
+    float kept_mass;
+    inclusive = block_scan<kThreads>(e, kept_mass, s.warp_sum);
+    const double target = u * static_cast<double>(kept_mass);
+    const int drawn = min(__syncthreads_count(tid < n_kept && static_cast<double>(inclusive) <= target), n_kept - 1);
+    const uint64_t winner = s.list[drawn];
+    __syncthreads();
+    return static_cast<int32_t>(any_p ? winner >> 32 : winner & 0xffffffffu);
   }
 
   // Too many candidates to sort: by selection on the bits of scores and distances.
