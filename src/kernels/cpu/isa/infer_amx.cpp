@@ -28,12 +28,12 @@ void many_bf16(float* c, const uint16_t* a, int64_t kp, int64_t rows, const uint
     _tile_zero(3);
     for (int64_t t = 0; t < tiles; t++) {
       if (next != nullptr) ask_for(next + t * infer_tile), ask_for(next + kp * 16 + t * infer_tile);
-      _tile_loadd(4, a + t * infer_tile, 64);
+      _tile_stream_loadd(4, a + t * infer_tile, 64);
       _tile_loadd(6, b0 + t * infer_tile, 64);
       _tile_dpbf16ps(0, 4, 6);
       _tile_loadd(7, b1 + t * infer_tile, 64);
       _tile_dpbf16ps(1, 4, 7);
-      _tile_loadd(5, a1 + t * infer_tile, 64);
+      _tile_stream_loadd(5, a1 + t * infer_tile, 64);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
@@ -46,7 +46,7 @@ void many_bf16(float* c, const uint16_t* a, int64_t kp, int64_t rows, const uint
     _tile_zero(1);
     for (int64_t t = 0; t < tiles; t++) {
       if (next != nullptr) ask_for(next + t * infer_tile), ask_for(next + kp * 16 + t * infer_tile);
-      _tile_loadd(4, a + t * infer_tile, 64);
+      _tile_stream_loadd(4, a + t * infer_tile, 64);
       _tile_loadd(6, b0 + t * infer_tile, 64);
       _tile_dpbf16ps(0, 4, 6);
       _tile_loadd(7, b1 + t * infer_tile, 64);
@@ -58,11 +58,11 @@ void many_bf16(float* c, const uint16_t* a, int64_t kp, int64_t rows, const uint
     _tile_zero(0);
     _tile_zero(2);
     for (int64_t t = 0; t < tiles; t++) {
-      _tile_loadd(4, a + t * infer_tile, 64);
+      _tile_stream_loadd(4, a + t * infer_tile, 64);
       _tile_loadd(6, b0 + t * infer_tile, 64);
       _tile_dpbf16ps(0, 4, 6);
       if (rows > 16) {
-        _tile_loadd(5, a1 + t * infer_tile, 64);
+        _tile_stream_loadd(5, a1 + t * infer_tile, 64);
         _tile_dpbf16ps(2, 5, 6);
       }
     }
