@@ -74,7 +74,13 @@ CudaRunner::CudaRunner(const Model& model, const EngineOptions& options, const R
   if (!persistent_) log_info("decode steps run as graphs of ordinary kernels: {}", persistent_.why());
 }
 
-CudaRunner::~CudaRunner() { synchronize(dev_.stream); }
+CudaRunner::~CudaRunner() {
+  try {
+    synchronize(dev_.stream);
+  } catch (const Error& e) {  // a broken GPU has been reported already
+    log_debug("{}", e.what());
+  }
+}
 
 std::string CudaRunner::description() const {
   return fmt::format("{}, {} weights, {} keys and values{}", cuda_status().name, weight_format_name(options_.weights),
@@ -321,7 +327,8 @@ void CudaRunner::warm_up() {
   StepBatch nothing;
   nothing.block_shift = std::bit_width(static_cast<uint64_t>(options_.block_size - 1));
   for (int64_t n = 1; n <= limits_.max_tok; n = bucket(n) + 1) {
-    const Layout l = layout(bucket(n), std::min(bucket(n), limits_.max_out), 0, 16, 0);
+    const Layout l =
+        layout(bucket(n), std::min(bucket(n), limits_.max_out), bucket(n), 16, 0);  // as submit() lays it out
     Slot& slot = slots_[turn_];
     slot.fence.wait();
     fill(slot, l, nothing, {});

@@ -48,7 +48,7 @@ struct Engine::Impl {
   std::vector<uint64_t> cancelled;
   std::vector<std::promise<BlockMap>> map_wanted;
   EngineStats stats;
-  bool stopping = false, quit = false, idle = true;
+  bool stopping = false, quit = false, idle = true, broken = false;
   int64_t n_submitted = 0, n_rejected = 0, n_waiting = 0;  // n_waiting: inside the core
   uint64_t next_id = 1;
   std::thread thread;
@@ -77,6 +77,7 @@ bool Engine::Impl::take_orders() {
     if (quit) core->cancel_all();
   }
   for (Arrived& a : arrived) core->add(a.id, std::move(a.request), a.at);
+  if (broken) core->fail_all("the engine has stopped");
   for (const uint64_t id : gone) core->cancel(id);
   for (auto& m : maps) m.set_value(core->block_map());
   const std::lock_guard lock(mutex);
@@ -86,7 +87,14 @@ bool Engine::Impl::take_orders() {
 
 void Engine::Impl::run() {
   while (take_orders()) {
-    core->step();
+    try {
+      core->step();
+    } catch (const std::exception& e) {  // of the device: no later step would end better
+      log_error("the engine has stopped: {}", e.what());
+      core->fail_all(e.what());
+      const std::lock_guard lock(mutex);
+      stopping = broken = true;
+    }
     const std::lock_guard lock(mutex);
     stats = core->stats();
     n_waiting = stats.n_waiting;

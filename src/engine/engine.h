@@ -29,7 +29,9 @@ struct EngineStats {
   int64_t block_size = 0;
   int64_t n_step = 0, n_submitted = 0, n_rejected = 0, n_finished = 0, n_cancelled = 0, n_timed_out = 0, n_failed = 0;
   int64_t n_preempted = 0;
-  int64_t prompt_tokens = 0, cached_tokens = 0, generated_tokens = 0, draft_tokens = 0, accepted_tokens = 0;
+  int64_t prompt_tokens = 0, cached_tokens = 0;  // of ended requests; cached: of them, found in the prefix cache
+  int64_t computed_tokens = 0;                   // of all steps, prompts and proposals included
+  int64_t generated_tokens = 0, draft_tokens = 0, accepted_tokens = 0;
   double seconds = 0;  // since start
 };
 

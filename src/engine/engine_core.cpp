@@ -128,8 +128,12 @@ void EngineCore::end(Sequence& s, FinishReason reason, EngineEvent& event) {
   event.accepted_tokens = c.accepted_tokens;
   const double now = now_seconds();
   event.total_seconds = now - s.arrival;
+  event.queue_seconds = (s.admitted_at > 0 ? s.admitted_at : now) - s.arrival;
   event.first_token_seconds = c.first_token_at > 0 ? c.first_token_at - s.arrival : 0;
-  if (s.choice == 0) totals_.cached_tokens += std::min(s.cached_tokens, s.n_prompt);
+  if (s.choice == 0) {
+    totals_.prompt_tokens += s.n_prompt;
+    totals_.cached_tokens += event.cached_tokens;
+  }
   totals_.n_finished += reason == FinishReason::stop || reason == FinishReason::length;
   totals_.n_cancelled += reason == FinishReason::cancelled;
   totals_.n_timed_out += reason == FinishReason::timeout;
@@ -178,6 +182,23 @@ void EngineCore::cancel_all() {
   for (const uint64_t id : ids) cancel(id);
 }
 
+void EngineCore::fail_all(const std::string& error) {
+  flying_.clear();  // their results will never come
+  std::vector<Sequence*> all;
+  scheduler_.for_each([&](Sequence& s, bool) { all.push_back(&s); });
+  for (Sequence* s : all) {
+    for (int i = s->n_fork; i > 0; i--) {
+      EngineEvent event;
+      event.error = error;
+      end(*s, FinishReason::error, event);
+      event.choice = s->choice + i;
+      if (s->request->sink) s->request->sink(std::move(event));
+    }
+    s->n_fork = 0;
+    fail(*s, error);
+  }
+}
+
 void EngineCore::expire(double now) {
   std::vector<Sequence*> late;
   scheduler_.for_each([&](Sequence& s, bool) {
@@ -200,10 +221,10 @@ void EngineCore::propose_drafts() {
   if (setup_.options.ngram_draft == 0 && !draft_) return;
   std::vector<Sequence*> ready;
   scheduler_.for_each([&](Sequence& s, bool running) {
+    if (s.n_flying > 0) return;  // what was proposed is being computed
     s.draft.clear();
     if (!running && draft_) draft_->release(s);
-    if (running && s.speculates && s.n_pending == 0 && s.n_known() - s.n_computed == 1 && s.n_generated() > 0)
-      ready.push_back(&s);
+    if (running && s.speculates && s.n_known() - s.n_computed == 1 && s.n_generated() > 0) ready.push_back(&s);
   });
   if (draft_) draft_->propose(ready, setup_.options.draft_tokens);
   for (Sequence* s : ready) {
@@ -289,7 +310,11 @@ bool EngineCore::take_token(Sequence& s, int32_t id, const float* logits, Engine
   const bool stop_id = std::find(r.stop_ids.begin(), r.stop_ids.end(), id) != r.stop_ids.end();
   bool complete = false;
   if (c.grammar && !stop_id) {
-    MM_CHECK(c.grammar->accept(id), "token {} was drawn against its mask", id);
+    if (!c.grammar->accept(id)) {  // drawn through its mask, so this must not happen; it costs nobody else anything
+      event.error = fmt::format("token {} does not fit the requested format", id);
+      end(s, FinishReason::error, event);
+      return false;
+    }
     complete = c.grammar->finished();
   }
   if (c.decoder && !stop_id) event.text += c.stops->push(c.decoder->push(id));
@@ -420,8 +445,7 @@ bool EngineCore::step() {
       fill_sampling(plan);
       runner_->submit(plan.batch);
       totals_.n_step++;
-      for (const StepItem& i : plan.items)
-        totals_.prompt_tokens += std::max<int64_t>(0, std::min(i.first + i.n_tok, i.sequence->n_prompt) - i.first);
+      totals_.computed_tokens += plan.batch.n_tok();
       flying_.push_back(std::move(plan));
       if (flying_.size() < depth) return true;
     }
@@ -473,7 +497,8 @@ void EngineCore::check_invariants() {
     n++;
     MM_CHECK(!s.finished && choices_.contains({s.request_id, s.choice}));
     MM_CHECK(running || s.rows.blocks.empty(), "a waiting sequence holds blocks");
-    MM_CHECK(s.n_computed <= s.n_total() && s.n_computed <= std::max<int64_t>(s.rows.n_row, 0));
+    const int64_t proposed = s.n_flying > 0 ? static_cast<int64_t>(s.draft.size()) : 0;
+    MM_CHECK(s.n_computed <= s.n_total() + proposed && s.n_computed <= std::max<int64_t>(s.rows.n_row, 0));
     for (const int32_t b : s.rows.blocks) users[b]++;
   });
   if (draft_) draft_->check(n);

@@ -47,6 +47,7 @@ class EngineCore {
   void add(uint64_t id, EngineRequest request, double arrival);
   void cancel(uint64_t id);
   void cancel_all();
+  void fail_all(const std::string& error);  // the runner is broken: ends every request; only destruction may follow
   // Plans and submits a step, collects the oldest one under way, delivers events. False when there was nothing to do.
   bool step();
   bool idle() const { return scheduler_.idle() && flying_.empty(); }

@@ -247,13 +247,15 @@ TEST(EngineCore, AScarcePoolPutsSequencesBackAndLosesNothing) {
 }
 
 TEST(EngineCore, SpeculationChangesNoToken) {
-  int64_t accepted = 0;
-  for (uint64_t seed = 1; seed <= 4; seed++) {
-    const Outcome o = run_traffic({.step_tokens = 40, .ngram_draft = 3, .seed = seed});
-    accepted += o.stats.accepted_tokens;
-    EXPECT_GE(o.stats.draft_tokens, o.stats.accepted_tokens);
+  for (const int depth : {1, 2}) {
+    int64_t accepted = 0;  // by luck: the fake model's texts do not repeat themselves
+    for (uint64_t seed = 1; seed <= 8; seed++) {
+      const Outcome o = run_traffic({.depth = depth, .step_tokens = 40, .ngram_draft = 3, .seed = seed});
+      accepted += o.stats.accepted_tokens;
+      EXPECT_GE(o.stats.draft_tokens, o.stats.accepted_tokens);
+    }
+    EXPECT_GT(accepted, 0) << "depth " << depth;
   }
-  EXPECT_GT(accepted, 0);
 }
 
 TEST(EngineCore, ADraftModelChangesNoToken) {
@@ -261,7 +263,8 @@ TEST(EngineCore, ADraftModelChangesNoToken) {
     for (const uint64_t wrong_every : {0, 2, 5}) {
       for (const int64_t n_row : {256, 72}) {
         SCOPED_TRACE(fmt::format("seed {} wrong every {} rows {}", seed, wrong_every, n_row));
-        const Outcome o = run_traffic({.n_row = n_row,
+        const Outcome o = run_traffic({.depth = seed % 2 == 0 ? 2 : 1,
+                                       .n_row = n_row,
                                        .step_tokens = 40,
                                        .draft_tokens = 3,
                                        .draft_wrong_every = wrong_every,
@@ -289,7 +292,8 @@ TEST(EngineCore, ThePrefixCacheSavesWork) {
   const EngineStats without = run_traffic({.prefix_cache = false, .cancel_share = 0}).stats;
   EXPECT_GT(with.cached_tokens, 0);
   EXPECT_EQ(without.cached_tokens, 0);
-  EXPECT_LT(with.prompt_tokens, without.prompt_tokens);
+  EXPECT_LT(with.computed_tokens, without.computed_tokens);
+  EXPECT_EQ(with.prompt_tokens, without.prompt_tokens);
 }
 
 }  // namespace

@@ -81,6 +81,7 @@ void Scheduler::admit(double now) {
     s.n_computed = held;
     if (s.n_preempted == 0) s.cached_tokens = held;
     s.admitted = ++n_admitted_;
+    if (s.admitted_at == 0) s.admitted_at = now;
     places -= 1 + s.n_fork;
     served_[s.request->client] += static_cast<double>(s.n_known() - held);
     running_.push_back(take(waiting_, s));
@@ -219,6 +220,7 @@ Sequence& Scheduler::fork(Sequence& parent, int choice) {
   child->cached_tokens = parent.cached_tokens;
   child->arrival = parent.arrival;
   child->deadline = parent.deadline;
+  child->admitted_at = parent.admitted_at;
   child->admitted = ++n_admitted_;
   MM_CHECK(parent.n_fork > 0);
   parent.n_fork--;

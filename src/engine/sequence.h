@@ -29,9 +29,10 @@ struct Sequence {
   int64_t cached_tokens = 0;
   int n_fork = 0;  // choices that still wait to be split off when the prompt is done
   int64_t n_preempted = 0;
-  double arrival = 0;     // seconds
-  double deadline = 0;    // 0: none
-  uint64_t admitted = 0;  // order of admission
+  double arrival = 0;      // seconds
+  double deadline = 0;     // 0: none
+  double admitted_at = 0;  // the first time; 0: not yet
+  uint64_t admitted = 0;   // order of admission
   bool finished = false;
   bool speculates = false;
   std::vector<int32_t> draft;  // proposed continuation of tokens, for the next step
