@@ -138,6 +138,7 @@ void add_serve_command(CLI::App& app, Globals& globals) {
   command->add_flag("--no-empty-think", f.no_empty_think,
                     "No empty <think></think> before answers, for models trained without it");
   add_sampling_flags(command, s.sampling);
+  command->remove_option(command->get_option("--seed"));  // every request has its own
   add_common_flags(command, globals);
   command->callback([flags, &globals] { serve(*flags, globals); });
 }

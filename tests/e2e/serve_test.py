@@ -533,7 +533,9 @@ def test_overload(model):
         waiting.join(30)
         assert not waiting.is_alive()
         assert chat(server.client(retries=4)).choices
-        assert server.metrics()['minimind_http_requests_total{route="/v1/chat/completions",code="429"}'] == 1
+        m = server.metrics()
+        assert m['minimind_http_requests_total{route="/v1/chat/completions",code="429"}'] == 1
+        assert 0 < m["minimind_queue_seconds_sum"] <= m["minimind_e2e_seconds_sum"]
 
 
 def test_hostile_peers_cost_nobody_else_anything(model):
