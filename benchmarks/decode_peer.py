@@ -112,7 +112,8 @@ def report(data, path):
                     v = values.get(m, [])
                     if v:
                         medians[name, fmt, m] = statistics.median(v)
-                    cells.append(f"{statistics.median(v):,.0f} ({min(v):,.0f} - {max(v):,.0f})" if v else "-")
+                    spread = f" ({min(v):,.0f} - {max(v):,.0f})" if v and min(v) < max(v) else ""
+                    cells.append(f"{statistics.median(v):,.0f}{spread}" if v else "-")
                 lines.append(f"| {name} | {fmt} | " + " | ".join(cells) + " |")
             for ours, formats in BESIDE.items():
                 cells = []

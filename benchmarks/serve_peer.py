@@ -111,7 +111,8 @@ def report(data, path):
                 for _, get in COLUMNS:
                     v = [get(l) for l in levels if get(l) is not None]
                     digits = 0 if not v or max(v) >= 100 else 2 if max(v) < 10 else 1
-                    cells.append(f"{statistics.median(v):,.{digits}f} ({min(v):,.{digits}f} - {max(v):,.{digits}f})" if v else "-")
+                    spread = f" ({min(v):,.{digits}f} - {max(v):,.{digits}f})" if v and min(v) < max(v) else ""
+                    cells.append(f"{statistics.median(v):,.{digits}f}{spread}" if v else "-")
                 lines.append(f"| {name} | " + " | ".join(cells) + " |")
             lines.append("")
     pathlib.Path(path).write_text("\n".join(lines), encoding="utf-8")
