@@ -155,7 +155,7 @@ async def run(args, process, port):
     watcher.cancel()
     for _ in range(100):  # the last ones that left
         metrics = await soak.metrics()
-        if metrics["minimind_requests_running"] + metrics["minimind_requests_waiting"] == 0:
+        if metrics["minimind_requests_running"] + metrics["minimind_requests_waiting"] + metrics["minimind_kv_blocks_used"] == 0:
             break
         await asyncio.sleep(0.2)
     problems = list(soak.problems)
