@@ -11,6 +11,7 @@
 
 #include <cstring>
 
+#include "base/error.h"
 #include "base/thread_team.h"
 #include "kernels/cpu/infer_worker.h"
 
@@ -104,7 +105,10 @@ void infer_step_with(const InferKernels& kernels, const InferModel& model, const
   shared.alone = step.n_tok == 1;
   shared.next_task[0] = shared.next_task[1] = 0;
   if (shared.decode) split_keys(shared, num_threads());
-  parallel_team([&](int thread, int n_thread) { Worker(shared, thread, n_thread).run(); });
+  parallel_team([&](int thread, int n_thread) {
+    MM_CHECK(n_thread == num_threads(), "a step inside a parallel region");
+    Worker(shared, thread, n_thread).run();
+  });
 }
 
 }  // namespace mm::cpu

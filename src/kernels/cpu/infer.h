@@ -6,14 +6,14 @@
 
 namespace mm::cpu {
 
-// Bytes of a packed matrix [n, k], 64-byte aligned; k need not be a multiple of anything.
+// Bytes of a packed matrix [n, k], 64-byte aligned, f32, bf16 or i8; k need not be a multiple of anything.
 size_t packed_bytes(WeightFormat format, int64_t n, int64_t k);
 // Packs w [n, k] fp32 row-major into `to`. Rounds to bf16 or quantizes. Any thread.
 void pack_matrix(WeightFormat format, void* to, const float* w, int64_t n, int64_t k);
 // Rows [begin, end) of a packed matrix as fp32 [end - begin, k]: what the products compute with. For tests.
 void unpack_rows(const InferMatrix& w, int64_t begin, int64_t end, float* out);
 
-// Scratch of infer_step for at most so many tokens and wanted rows, 64-byte aligned.
+// Scratch of infer_step for at most so many tokens and wanted rows and today's num_threads(), 64-byte aligned.
 size_t infer_scratch_bytes(const InferModel& model, int64_t max_tok, int64_t max_out);
 
 // Arithmetic: f32 weights: fp32 throughout. bf16: operands of products rounded to bf16, fp32 sums; i8 with few rows:

@@ -91,9 +91,9 @@ void Worker::rope_and_store(const InferLayer& layer, int64_t l) {
 }
 
 void Worker::attend(const AttendArgs& a, bool f32) const {
-  if (f32) k_.attend(a);
-  else if (k_.attend_few != nullptr && !s_.invariant && a.n_tok == 1 && a.group <= 4) k_.attend_few(a);
-  else k_.attend_bf16(a);
+  const auto few = f32 ? k_.attend_few : k_.attend_few_bf16;
+  if (few != nullptr && !s_.invariant && a.n_tok == 1 && a.group <= 4) few(a);
+  else (f32 ? k_.attend : k_.attend_bf16)(a);
 }
 
 void Worker::attend_tasks(int64_t l) {

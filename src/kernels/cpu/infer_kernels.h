@@ -46,7 +46,7 @@ struct AttendArgs {
   float* out = nullptr;  // the result, head g of token i at out + i * ldo + g * d_head; or null and
   int64_t ldo = 0;
   float* partial = nullptr;  // row r = i * group + g: [d_head] unnormalised sum, then maximum and sum of exponentials
-  void* scratch = nullptr;   // attend_scratch bytes
+  void* scratch = nullptr;   // see ThreadBuffers
 };
 
 // Where a stream of weights goes on: behind `end` of this product's panels come those at `next`. Kernels ask for them
@@ -89,7 +89,9 @@ struct InferKernels {
 
   void (*attend)(const AttendArgs& a);       // fp32 arithmetic
   void (*attend_bf16)(const AttendArgs& a);  // operands of the two products rounded to bf16
-  void (*attend_few)(const AttendArgs& a);   // the same for one token and up to 4 heads; other order of sums; or null
+  // The same two for one token and up to 4 heads, with another order of sums; or null.
+  void (*attend_few)(const AttendArgs& a);
+  void (*attend_few_bf16)(const AttendArgs& a);
   void (*begin_thread)();                    // before the first kernel on a thread of a step, e.g. tile configuration
   void (*end_thread)();
 

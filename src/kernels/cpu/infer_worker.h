@@ -18,7 +18,6 @@ struct StepShared {
   bool invariant = false;
   bool decode = false;  // every sequence has one token, so keys may be split over threads
   bool alone = false;   // so few tokens that every thread prepares the operands for itself
-  int64_t n_group = 1;
   SpinBarrier barrier;
   std::atomic<int64_t> next_task[2] = {0, 0};  // attention's, of even and odd layers
 };

@@ -78,7 +78,7 @@ void use_amx(InferKernels* k) {
   k->end_thread = end_thread;
   k->many_bf16 = many_bf16;
   k->attend_bf16 = attend_amx;
-  k->attend_few = attend_few_amx;
+  k->attend_few_bf16 = attend_few_amx;
 }
 
 }  // namespace mm

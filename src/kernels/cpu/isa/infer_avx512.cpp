@@ -310,6 +310,8 @@ void use_avx512(InferKernels* k) {
   k->many_f32 = many_f32;
   k->attend = attend_avx512;
   k->attend_bf16 = attend_avx512;
+  k->attend_few = attend_few_avx512;
+  k->attend_few_bf16 = attend_few_avx512;
 }
 
 }  // namespace mm

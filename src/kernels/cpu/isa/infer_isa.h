@@ -13,5 +13,6 @@ void use_amx(InferKernels* k);          // and AMX tiles with BF16
 
 void attend_avx2(const AttendArgs& a);
 void attend_avx512(const AttendArgs& a);
+void attend_few_avx512(const AttendArgs& a);
 
 }  // namespace mm

@@ -142,6 +142,7 @@ const InferKernels infer_kernels = {
     .attend = attend,
     .attend_bf16 = attend,
     .attend_few = nullptr,
+    .attend_few_bf16 = nullptr,
     .begin_thread = nothing,
     .end_thread = nothing,
     .few_rows_i8 = 8,
