@@ -242,6 +242,8 @@ void use_avx2(InferKernels* k) {
   k->many_f32 = many_f32;
   k->attend = attend_avx2;
   k->attend_bf16 = attend_avx2;
+  k->attend_few = attend_few_avx2;
+  k->attend_few_bf16 = attend_few_avx2;
 }
 
 }  // namespace mm

@@ -12,6 +12,7 @@ void use_avx512_bf16(InferKernels* k);  // and VNNI, BF16
 void use_amx(InferKernels* k);          // and AMX tiles with BF16
 
 void attend_avx2(const AttendArgs& a);
+void attend_few_avx2(const AttendArgs& a);
 void attend_avx512(const AttendArgs& a);
 void attend_few_avx512(const AttendArgs& a);
 
