@@ -19,14 +19,23 @@ import httpx
 import openai
 import pydantic
 import pytest
-from support import BINARY, SHARED, minimind
+from support import BINARY, CONFIGS, SHARED, minimind, output
 
 TRAINED = SHARED / "models/qwen3-8m"
 
 
 @pytest.fixture(scope="module")
-def model(trained):
-    return TRAINED if TRAINED.is_dir() else trained("qwen3")
+def model(corpus, chats, tokenizer_dir, tmp_path_factory):
+    """A model that talks, or one made here in a few seconds that says anything."""
+    if TRAINED.is_dir():
+        return TRAINED
+    folder = tmp_path_factory.mktemp("serve")
+    (folder / "config.json").write_text(json.dumps({**CONFIGS["qwen3"], "max_position_embeddings": 2048}))
+    args = ["--steps", 120, "--batch-size", 8, "--accumulation-steps", 1, "--lr", 3e-3, "--quiet"]
+    output("pretrain", "--data", corpus, "--tokenizer", tokenizer_dir, "--preset", folder / "config.json", "--seq-len", 64,
+           "--output", folder / "base", *args)
+    output("sft", "--data", chats, "--model", folder / "base", "--seq-len", 128, "--output", folder / "chat", *args)
+    return folder / "chat"
 
 
 class Server:
