@@ -472,9 +472,11 @@ LoadResult run_load(const LoadTarget& target, const LoadLevel& level,
   }
   shared.start = now_seconds() + 0.01;
   std::vector<std::unique_ptr<Worker>> workers;
+  workers.reserve(static_cast<size_t>(level.workers));
   for (int i = 0; i < level.workers; i++) workers.push_back(std::make_unique<Worker>(shared, i));
   shared.n_working = level.workers;
   std::vector<std::jthread> threads;
+  threads.reserve(workers.size());
   for (const auto& w : workers) {
     threads.emplace_back([&shared, worker = w.get()] {
       worker->run();

@@ -24,17 +24,19 @@ constexpr const char* kKindNames[kKinds] = {"chat stream", "completion stream", 
 bool well_meant(int kind) { return kind <= kWhole; }
 bool in_full(int kind) { return well_meant(kind) || kind == kSlow; }
 
-constexpr const char* kBadBodies[] = {
-    "",
-    "{\"messages\": [{\"role\": \"user\", \"content\": \"cut",
-    "{\"messages\": 5}",
-    "{\"messages\": [{\"role\": \"user\", \"content\": \"\xff\xfe\"}]}",
-    "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}], \"max_tokens\": -4}",
-    "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}], \"temperature\": \"hot\"}",
-    "[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[["
-    "[[[[[[[[[[[[",
-    "null",
-};
+const std::vector<std::string>& bad_bodies() {
+  static const std::vector<std::string> all{
+      "",
+      "null",
+      std::string(200, '['),
+      R"({"messages": [{"role": "user", "content": "cut)",
+      R"({"messages": 5})",
+      "{\"messages\": [{\"role\": \"user\", \"content\": \"\xff\xfe\"}]}",
+      R"({"messages": [{"role": "user", "content": "a"}], "max_tokens": -4})",
+      R"({"messages": [{"role": "user", "content": "a"}], "temperature": "hot"})",
+  };
+  return all;
+}
 
 class Traffic {
  public:
@@ -61,7 +63,7 @@ class Traffic {
     body.erase("model");  // whatever the server has
     OutRequest r{.path = plan.chat ? "/v1/chat/completions" : "/v1/completions", .stream = plan.stream, .kind = kind};
     r.max_tokens = body["max_tokens"].get<int64_t>();
-    r.body = kind == kHuge ? huge_ : kind == kBadJson ? kBadBodies[rng.below(std::size(kBadBodies))] : body.dump();
+    r.body = kind == kHuge ? huge_ : kind == kBadJson ? bad_bodies()[rng.below(bad_bodies().size())] : body.dump();
     if (kind == kSlow) r.behaviour = Behaviour::slow_reader;
     if (kind == kDropped) r.behaviour = Behaviour::dropped;
     if (kind == kCancelled) r.behaviour = Behaviour::cancelled, r.cancel_after = 1 + static_cast<int64_t>(i % 8);
