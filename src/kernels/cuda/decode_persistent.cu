@@ -74,7 +74,8 @@ __global__ void pack_kernel(unsigned char* stream, const uint32_t* begin, const 
         w = make_uint4(a.x, a.y, b.x, b.y);
         scale = *reinterpret_cast<const uint32_t*>(scales + row * (k / 32) + unit * 2);
       } else {
-        w = *reinterpret_cast<const uint4*>(static_cast<const bf16*>(data) + row * k + unit * 32 + t * 8);
+        const uint4 x = *reinterpret_cast<const uint4*>(static_cast<const bf16*>(data) + row * k + unit * 32 + t * 8);
+        w = make_uint4(x.x, x.z, x.y, x.w);
       }
     }
     unsigned char* at = to + static_cast<int64_t>(unit) * unit_bytes(kFormat);
@@ -156,7 +157,7 @@ const char* unsupported(const Context& ctx, const InferModel& m, const InferKv& 
   if (m.n_head % m.n_kv_head != 0 || (group != 1 && group != 2 && group != 4)) return "not 1, 2 or 4 heads a key head";
   if (m.d_ff % 8 != 0) return "d_ff is not a multiple of 8";
   const auto fits = [&](const InferMatrix& w) {
-    return w.format == f && w.k % unit_k(f) == 0 && units_per_warp(static_cast<int>(w.k / unit_k(f))) <= 8;
+    return w.format == f && w.k % unit_k(f) == 0 && units_per_warp(static_cast<int>(w.k / unit_k(f))) <= most_units_per_warp;
   };
   for (int64_t l = 0; l < m.n_layer; l++) {
     const InferLayer& a = m.layers[l];
@@ -181,7 +182,7 @@ bool plan_shared(Params& p, WeightFormat format, int limit) {
       if (n < 1) return false;
       tiles = std::max(tiles, n), pass = std::max(pass, n * shape.units);
     }
-    const int part = 4 * std::max(tiles * 8 * p.n_tok * sum_pitch, n_warp * (p.d_head + 2));
+    const int part = 4 * std::max(tiles * 8 * p.n_tok * (2 * n_warp + 4), n_warp * (p.d_head + 2));
     size_t at = 0;
     const auto piece = [&](size_t bytes) {
       const size_t begin = at;

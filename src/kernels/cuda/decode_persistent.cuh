@@ -7,13 +7,14 @@
 
 namespace mm::cuda::persistent {
 
-constexpr int n_warp = 16, n_thread = 32 * n_warp;
+// Few warps: each runs through all instructions of a stage, which there are more of than work.
+constexpr int n_warp = 8, n_thread = 32 * n_warp;
 constexpr int max_tokens = 8, max_layers = 64;
 
 // --- packed weights -----------------------------------------------------------------------------------------------
 // A tile is 8 rows of a matrix, stored as units of 8 rows x unit_k columns in the order in which a warp's lanes hold
 // them: lane l has row l / 4.
-//   bf16: 512 bytes, 32 columns; 16 bytes a lane, columns 8 (l % 4) + 0..7
+//   bf16: 512 bytes, 32 columns; 16 bytes a lane, of columns 8 (l % 4) + 0..7 the pairs 0, 4, 2, 6 (as mma wants them)
 //   i8: 544 bytes, 64 columns; 16 bytes a lane, columns 8 (l % 4) + 0..7 of the first group of 32, then of the second;
 //       behind them 8 x {f16 scale of the first group, of the second}
 // Tiles of gate_up hold 4 rows of gate, then the same 4 of up. A block's tiles of all stages lie one after another in
@@ -21,10 +22,14 @@ constexpr int max_tokens = 8, max_layers = 64;
 constexpr int rows_per_tile = 8, slot_units = 16;
 __host__ __device__ constexpr int unit_k(WeightFormat f) { return f == WeightFormat::i8 ? 64 : 32; }
 __host__ __device__ constexpr int unit_bytes(WeightFormat f) { return f == WeightFormat::i8 ? 544 : 512; }
-constexpr int held_units = 10, held_tiles = 5;  // weights that a warp holds in registers: units, of so many tiles
+constexpr int held_units = 21, held_tiles = 7;  // weights that a warp holds in registers: units, of so many tiles
 
-// Tiles of a stage are computed in passes; a warp takes units w, w + 16, ... of every tile of the pass.
-__host__ __device__ constexpr int units_per_warp(int units) { return (units + n_warp - 1) / n_warp; }
+// Tiles of a stage are computed in passes; a warp takes units w, w + n_warp, ... of every tile of the pass: so many.
+__host__ __device__ constexpr int units_per_warp(int units) {
+  const int n = (units + n_warp - 1) / n_warp;
+  return n <= 6 ? n : n <= 8 ? 8 : n <= 10 ? 10 : n <= 12 ? 12 : n <= 16 ? 16 : n;  // products are compiled for these
+}
+constexpr int most_units_per_warp = 16;
 __host__ __device__ constexpr int tiles_per_pass(int units, int held) {
   const int n = held / units_per_warp(units);
   return n < held_tiles ? n : held_tiles;
@@ -115,7 +120,8 @@ struct Traits {
   static constexpr int tok = kTok, unit = unit_bytes(kFormat), d_head = kDHead, group = kGroup;
   static constexpr bool wide = kTok > 4, fixed = kD > 0;
   // Units a warp has of a tile of width d_model or d_ff; 0: known at run time.
-  static constexpr int per_d = units_per_warp(kD / unit_k(kFormat)), per_ff = units_per_warp(kFf / unit_k(kFormat));
+  static constexpr int units_d = kD / unit_k(kFormat), units_ff = kFf / unit_k(kFormat);
+  static constexpr int per_d = units_per_warp(units_d), per_ff = units_per_warp(units_ff);
   static __device__ __forceinline__ int n_tok(const Params& p) { return kTok == 1 ? 1 : p.n_tok; }
   static __device__ __forceinline__ int d_model(const Params& p) { return fixed ? kD : p.d_model; }
   static __device__ __forceinline__ int d_ff(const Params& p) { return fixed ? kFf : p.d_ff; }

@@ -162,7 +162,7 @@ __device__ __forceinline__ void work(const Params& p, unsigned char* smem, const
   }
 
   Cursor cursor;
-  const uint32_t capacity = static_cast<uint32_t>(p.smem.n_slots * slot_units);
+  const uint32_t capacity = static_cast<uint32_t>(p.smem.n_slots * slot_units * T::unit);
   uint32_t* const set = p.ex.set[step & 1];
   uint32_t* words = set;             // of the layer
   const uint32_t* before = nullptr;  // the residual stream that the layer begins with; null: the embedding
@@ -180,12 +180,19 @@ __device__ __forceinline__ void work(const Params& p, unsigned char* smem, const
     for (int done = 0; !idle && (done == 0 || done < tiles.y); done += per_pass) {
       const int n = min(tiles.y - done, per_pass);
       Held<T> held;
-      const auto first_half = [&](auto k) { take<T, decltype(k)::value>(p, smem, held, cursor, units, n); };
-      const auto second_half = [&](auto k) { multiply<T, decltype(k)::value>(p, smem, held, units, n); };
+      const auto first_half = [&](auto k, int u) { take<T, decltype(k)::value>(p, smem, held, cursor, u, n); };
+      const auto second_half = [&](auto k, int u) { multiply<T, decltype(k)::value>(p, smem, held, u, n); };
+      const auto of_kind = [&](auto&& f) {
+        if constexpr (T::fixed) {
+          if (kind != stage_down) f(std::integral_constant<int, T::per_d>(), T::units_d);
+          else f(std::integral_constant<int, T::per_ff>(), T::units_ff);
+        } else {
+          with_units_per_warp<0>(units, [&](auto k) { f(k, units); });
+        }
+      };
       if (n > 0) {
-        if (!T::fixed || kind != stage_down) with_units_per_warp<T::per_d>(units_per_warp(units), first_half);
-        else with_units_per_warp<T::per_ff>(0, first_half);
-        cursor.advance(static_cast<uint32_t>(n * units), capacity);
+        of_kind(first_half);
+        cursor.advance(static_cast<uint32_t>(n * units * T::unit), capacity);
       }
       if (done == 0) {
         if (kind == stage_gate_up && share.any() && layer + 1 < p.n_layer) {  // while the input is on its way
@@ -199,8 +206,7 @@ __device__ __forceinline__ void work(const Params& p, unsigned char* smem, const
       }
       __syncthreads();  // the input is there, the weights are in registers, the former sums have been read
       if (n <= 0) break;
-      if (!T::fixed || kind != stage_down) with_units_per_warp<T::per_d>(units_per_warp(units), second_half);
-      else with_units_per_warp<T::per_ff>(0, second_half);
+      of_kind(second_half);
       __syncthreads();
       MM_TRACE(s * 8 + 3);
       if (copier.mine()) {  // these warps have nothing to add up, and time until the next input

@@ -113,24 +113,26 @@ struct Held {
   uint32_t scale[T::format == WeightFormat::i8 ? held_units : 1];
 };
 
-// Where a block is in its stream.
+// Where a block is in its stream: byte in the ring, parity of the laps.
 struct Cursor {
-  uint32_t at = 0, lap = 0;  // unit in the ring, parity of the laps
-  __device__ __forceinline__ void advance(uint32_t units, uint32_t capacity) {
-    at += units;
+  uint32_t at = 0, lap = 0;
+  __device__ __forceinline__ void advance(uint32_t bytes, uint32_t capacity) {
+    at += bytes;
     if (at >= capacity) at -= capacity, lap ^= 1;
   }
 };
 
-// Takes a pass out of the ring.
+// Takes a pass out of the ring. What a warp takes beyond a tile's last unit is never used.
 template <class T, int kPer>
 __device__ __forceinline__ void take(const Params& p, unsigned char* smem, Held<T>& held, const Cursor& cursor, int units,
                                      int tiles) {
   constexpr int n_tile = tiles_per_pass(kPer * n_warp, held_units);
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  const uint32_t n_slots = static_cast<uint32_t>(p.smem.n_slots), capacity = n_slots * slot_units;
+  const uint32_t n_slots = static_cast<uint32_t>(p.smem.n_slots), capacity = n_slots * slot_units * T::unit;
   if (!probing(p, 2)) {  // a lane waits for a slot
-    const uint32_t first = cursor.at / slot_units, n = (cursor.at + static_cast<uint32_t>(tiles * units) - 1) / slot_units - first + 1;
+    constexpr uint32_t slot_bytes = slot_units * T::unit;
+    const uint32_t first = cursor.at / slot_bytes;
+    const uint32_t n = (cursor.at + static_cast<uint32_t>(tiles * units * T::unit) - 1) / slot_bytes - first + 1;
     uint32_t slot = first + static_cast<uint32_t>(lane), lap = cursor.lap;
     if (slot >= n_slots) slot -= n_slots, lap ^= 1;
     const uint32_t bar = shared_address(smem + p.smem.full) + 8 * slot;
@@ -138,29 +140,32 @@ __device__ __forceinline__ void take(const Params& p, unsigned char* smem, Held<
     while (static_cast<uint32_t>(lane) < n && !mbarrier_done(bar, lap)) guard.spin();
     __syncwarp();
   }
+  const uint32_t own = cursor.at + static_cast<uint32_t>(warp * T::unit);
 #pragma unroll
   for (int i = 0; i < n_tile; i++) {
     if (i >= tiles) break;
 #pragma unroll
     for (int j = 0; j < kPer; j++) {
-      const int unit = warp + n_warp * j;
-      uint32_t at = cursor.at + static_cast<uint32_t>(i * units + min(unit, units - 1));
+      uint32_t at = own + static_cast<uint32_t>((i * units + n_warp * j) * T::unit);
       if (at >= capacity) at -= capacity;
-      const unsigned char* from = smem + at * T::unit;
-      held.w[i * kPer + j] = reinterpret_cast<const uint4*>(from)[lane];
+      held.w[i * kPer + j] = *reinterpret_cast<const uint4*>(smem + at + lane * 16);
       if constexpr (T::format == WeightFormat::i8)
-        held.scale[i * kPer + j] = reinterpret_cast<const uint32_t*>(from + 512)[lane / 4];
+        held.scale[i * kPer + j] = *reinterpret_cast<const uint32_t*>(smem + at + 512 + lane / 4 * 4);
     }
   }
 }
 
-// Sums of the 16 warps lie side by side, sum_pitch floats an output (no bank conflicts, 16-byte aligned).
-constexpr int sum_pitch = n_warp + 4;
+// The warps' sums of an output lie side by side: n_sum of them, sum_pitch floats on the next output's (no bank conflicts,
+// 16-byte aligned).
+template <class T>
+constexpr int n_sum = T::wide ? n_warp : 2 * n_warp;
+template <class T>
+constexpr int sum_pitch = n_sum<T> + 4;
 
-// Products of a pass: each warp's sums to part [tile][token][8 rows][sum_pitch]. Register i of a lane's 16 bytes of a
-// unit: columns 8 t + 2 i, + 1 of row g (t = lane % 4, g = lane / 4). Up to 4 tokens: the lower half of the operand is the
-// same rows with the columns' second half, so that one product takes all 32 (of the result, columns 0..3 of the upper
-// and 4..7 of the lower half are wanted). More: two products, half of each is idle.
+// Products of a pass: sums to part [tile][token][8 rows][sum_pitch]. Register i of a lane's unit: a pair of columns of row
+// g = lane / 4, see above. Up to 4 tokens: the lower half of the operand is the same rows with the columns' other half, so
+// that one product takes all 32 (of the result, columns 0..3 of the upper and 4..7 of the lower half are wanted). More:
+// two products, half of each is idle.
 template <class T, int kPer>
 __device__ __forceinline__ void multiply(const Params& p, unsigned char* smem, const Held<T>& held, int units, int tiles) {
   constexpr int n_tile = tiles_per_pass(kPer * n_warp, held_units);
@@ -168,71 +173,98 @@ __device__ __forceinline__ void multiply(const Params& p, unsigned char* smem, c
   const int n_tok = T::n_tok(p);
   const int token = T::tok == 1 ? 0 : min(T::wide ? g : g % 4, n_tok - 1);
   const unsigned char* x = smem + p.smem.input + token * p.smem.input_stride + t * 16 + (!T::wide && g >= 4 ? 8 : 0);
-  const auto add = [&](float (&c)[4], const uint32_t(&r)[4], const unsigned char* at) {
+  // r: column pairs 0, 4, 2, 6; b: of x, pairs 0, 2, 4, 6 (wide) or this lane's two.
+  const auto add = [&](float (&c)[4], const uint32_t(&r)[4], const uint4& b) {
     if constexpr (T::wide) {
-      const uint4 b = *reinterpret_cast<const uint4*>(at);
-      mma<bf16>(c, {r[0], 0u, r[1], 0u}, b.x, b.y);
-      mma<bf16>(c, {r[2], 0u, r[3], 0u}, b.z, b.w);
+      mma<bf16>(c, {r[0], 0u, r[2], 0u}, b.x, b.y);
+      mma<bf16>(c, {r[1], 0u, r[3], 0u}, b.z, b.w);
     } else {
-      const uint2 b = *reinterpret_cast<const uint2*>(at);
-      mma<bf16>(c, {r[0], r[2], r[1], r[3]}, b.x, b.y);
+      mma<bf16>(c, r, b.x, b.y);
     }
   };
-  float c[n_tile][4];
+  const auto operand = [&](const unsigned char* at) -> uint4 {
+    if constexpr (T::wide) return *reinterpret_cast<const uint4*>(at);
+    const uint2 b = *reinterpret_cast<const uint2*>(at);
+    return make_uint4(b.x, b.y, 0, 0);
+  };
+  constexpr int halves = T::format == WeightFormat::i8 ? 2 : 1, chains = kPer >= 6 ? 2 : 1;
+  constexpr bool ahead = !T::wide && kPer * halves <= 10;  // all operands before the first product
+  uint4 b[ahead ? kPer : 1][halves];
+  const auto load_operands = [&](int j, uint4(&to)[halves]) {
+    const int unit = (j + 1) * n_warp > units ? min(warp + n_warp * j, units - 1) : warp + n_warp * j;
 #pragma unroll
-  for (int i = 0; i < n_tile; i++) c[i][0] = c[i][1] = c[i][2] = c[i][3] = 0.0f;
+    for (int h = 0; h < halves; h++) to[h] = operand(x + unit * 64 * halves + 64 * h);
+  };
+  if constexpr (ahead) {
+#pragma unroll
+    for (int j = 0; j < kPer; j++) load_operands(j, b[j]);
+  }
+  float c[n_tile][chains][4];
 #pragma unroll
   for (int j = 0; j < kPer; j++) {
-    const int unit = warp + n_warp * j;
-    if (unit >= units) break;
+    const bool missing = (j + 1) * n_warp > units && warp + n_warp * j >= units;  // can be only in a tile's last round
+    if constexpr (!ahead) load_operands(j, b[0]);
 #pragma unroll
     for (int i = 0; i < n_tile; i++) {
       if (i >= tiles) break;
+      float(&sum)[4] = c[i][j % chains];
+      if (j < chains) sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
+      if (missing) continue;
       const uint4 w = held.w[i * kPer + j];
+      const uint4(&operands)[halves] = b[ahead ? j : 0];
       if constexpr (T::format == WeightFormat::i8) {
         const uint32_t s = held.scale[i * kPer + j];
         const float2 scale = __half22float2(*reinterpret_cast<const __half2*>(&s));
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-          const uint32_t lo = half == 0 ? w.x : w.z, hi = half == 0 ? w.y : w.w;
+        for (int h = 0; h < 2; h++) {
+          const uint32_t lo = h == 0 ? w.x : w.z, hi = h == 0 ? w.y : w.w;
           float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-          add(d, {widen_pair<0x4140>(lo), widen_pair<0x4342>(lo), widen_pair<0x4140>(hi), widen_pair<0x4342>(hi)},
-              x + unit * 128 + half * 64);
+          add(d, {widen_pair<0x4140>(lo), widen_pair<0x4140>(hi), widen_pair<0x4342>(lo), widen_pair<0x4342>(hi)}, operands[h]);
 #pragma unroll
-          for (int e = 0; e < 4; e++) c[i][e] += (half == 0 ? scale.x : scale.y) * d[e];
+          for (int e = 0; e < 4; e++) sum[e] += (h == 0 ? scale.x : scale.y) * d[e];
         }
       } else {
-        add(c[i], {w.x, w.y, w.z, w.w}, x + unit * 64);
+        add(sum, {w.x, w.y, w.z, w.w}, operands[0]);
       }
     }
   }
-  float* part = reinterpret_cast<float*>(smem + p.smem.part) + g * sum_pitch + warp;
+  if constexpr (chains == 2) {
+#pragma unroll
+    for (int i = 0; i < n_tile; i++) {
+#pragma unroll
+      for (int e = 0; e < 4; e++) c[i][0][e] += c[i][1][e];
+    }
+  }
+  // Lane: row g, of tokens 2 t, 2 t + 1 (wide) or 2 (t % 2), + 1 the sum over the upper or lower half.
+  const bool lower = !T::wide && t >= 2;
+  const int first = T::wide ? 2 * t : 2 * (t % 2);
+  float* part = reinterpret_cast<float*>(smem + p.smem.part) + (first * 8 + g) * sum_pitch<T> + warp + (lower ? n_warp : 0);
 #pragma unroll
   for (int i = 0; i < n_tile; i++) {
-    if (i >= tiles) break;
 #pragma unroll
     for (int e = 0; e < (T::tok == 1 ? 1 : 2); e++) {
-      if constexpr (!T::wide) c[i][e] += __shfl_down_sync(0xffffffffu, c[i][2 + e], 2);
-      const int to = 2 * t + e;
-      if (to < n_tok) part[(i * n_tok + to) * 8 * sum_pitch] = c[i][e];
+      if (i < tiles && first + e < n_tok) part[(i * n_tok + e) * 8 * sum_pitch<T>] = lower ? c[i][0][2 + e] : c[i][0][e];
     }
   }
 }
 
-// f(integral_constant): kPer where it is known, else by n.
+// f(integral_constant): kPer where it is known, else units_per_warp(units).
 template <int kPer, class F>
-__device__ __forceinline__ void with_units_per_warp(int n, F&& f) {
+__device__ __forceinline__ void with_units_per_warp(int units, F&& f) {
   if constexpr (kPer > 0) {
     f(std::integral_constant<int, kPer>());
   } else {
-    switch (n) {
+    switch (units_per_warp(units)) {
       case 1: return f(std::integral_constant<int, 1>());
       case 2: return f(std::integral_constant<int, 2>());
       case 3: return f(std::integral_constant<int, 3>());
       case 4: return f(std::integral_constant<int, 4>());
       case 5: return f(std::integral_constant<int, 5>());
       case 6: return f(std::integral_constant<int, 6>());
-      default: return f(std::integral_constant<int, 8>());
+      case 8: return f(std::integral_constant<int, 8>());
+      case 10: return f(std::integral_constant<int, 10>());
+      case 12: return f(std::integral_constant<int, 12>());
+      default: return f(std::integral_constant<int, 16>());
     }
   }
 }
@@ -259,30 +291,44 @@ __device__ __forceinline__ void take_residual(const Params& p, unsigned char* sm
                                               const int32_t* tokens, const float* weight) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int d_model = T::d_model(p), chunks = (d_model + 127) / 128, n_item = chunks * T::n_tok(p);
+  constexpr int batch = T::tok == 1 ? 1 : 3;
 #pragma unroll 1
-  for (int item = warp; item < n_item; item += n_warp) {
-    const int token = T::tok == 1 ? 0 : item / chunks, column = (item - token * chunks) * 128 + lane * 4;
-    float ss = 0.0f;
-    if (T::fixed || column < d_model) {
-      const float4 g = *reinterpret_cast<const float4*>(weight + column);
-      float4 v;
-      if (words == nullptr) {
-        v = embedded(p, tokens[token], column);
+  for (int first = warp; first < n_item; first += batch * n_warp) {
+    uint4 x[batch];
+    float4 g[batch];
+    int token[batch], column[batch];
+#pragma unroll
+    for (int i = 0; i < batch; i++) {
+      const int item = min(first + i * n_warp, n_item - 1);
+      token[i] = T::tok == 1 ? 0 : item / chunks, column[i] = (item - token[i] * chunks) * 128 + lane * 4;
+      if (!T::fixed) column[i] = min(column[i], d_model - 4);
+      g[i] = *reinterpret_cast<const float4*>(weight + column[i]);
+      if (words != nullptr) {
+        x[i] = load_words(words + token[i] * d_model + column[i]);
       } else {
-        const uint32_t* from = words + token * d_model + column;
-        uint4 x = load_words(from);
-        SpinGuard guard(5);
-        while (any_unset(x) && !probing(p, 1)) x = load_words(from), guard.spin();
-        v = make_float4(__uint_as_float(x.x), __uint_as_float(x.y), __uint_as_float(x.z), __uint_as_float(x.w));
+        const float4 e = embedded(p, tokens[token[i]], column[i]);
+        x[i] = make_uint4(__float_as_uint(e.x), __float_as_uint(e.y), __float_as_uint(e.z), __float_as_uint(e.w));
       }
-      ss = v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
-      // The readers of `residual` (o, down) have read their words before they published what was awaited here.
-      *reinterpret_cast<float4*>(smem + p.smem.residual + (token * d_model + column) * 4) = v;
-      *reinterpret_cast<uint2*>(smem + p.smem.input + token * p.smem.input_stride + 2 * column) =
-          make_uint2(pack2<bf16>(v.x * g.x, v.y * g.y), pack2<bf16>(v.z * g.z, v.w * g.w));
     }
-    ss = warp_sum(ss);
-    if (lane == 0) reinterpret_cast<float*>(smem + p.smem.sums)[token * p.sum_stride + item - token * chunks] = ss;
+#pragma unroll
+    for (int i = 0; i < batch; i++) {
+      const int item = first + i * n_warp;
+      if (item >= n_item) break;
+      SpinGuard guard(5);
+      while (any_unset(x[i]) && words != nullptr && !probing(p, 1))
+        x[i] = load_words(words + token[i] * d_model + column[i]), guard.spin();
+      const float4 v = make_float4(__uint_as_float(x[i].x), __uint_as_float(x[i].y), __uint_as_float(x[i].z),
+                                   __uint_as_float(x[i].w));
+      // The readers of `residual` (o, down) have read their words before they published what was awaited here.
+      *reinterpret_cast<float4*>(smem + p.smem.residual + (token[i] * d_model + column[i]) * 4) = v;
+      *reinterpret_cast<uint2*>(smem + p.smem.input + token[i] * p.smem.input_stride + 2 * column[i]) =
+          make_uint2(pack2<bf16>(v.x * g[i].x, v.y * g[i].y), pack2<bf16>(v.z * g[i].z, v.w * g[i].w));
+      float ss = v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+      const int chunk = item - token[i] * chunks;
+      if (!T::fixed && chunk * 128 + lane * 4 >= d_model) ss = 0.0f;  // this lane repeats another's columns
+      ss = warp_sum(ss);
+      if (lane == 0) reinterpret_cast<float*>(smem + p.smem.sums)[token[i] * p.sum_stride + chunk] = ss;
+    }
   }
 }
 
@@ -290,13 +336,20 @@ __device__ __forceinline__ void take_residual(const Params& p, unsigned char* sm
 template <class T>
 __device__ __forceinline__ void take_pairs(const Params& p, unsigned char* smem, const uint32_t* words, int n) {
   const int per = n / 4, n_item = per * T::n_tok(p);
+  constexpr int batch = 2;
 #pragma unroll 1
-  for (int item = static_cast<int>(threadIdx.x); item < n_item; item += n_thread) {
-    uint4 x = load_words(words + 4 * item);
-    SpinGuard guard(6);
-    while (any_unset(x) && !probing(p, 1)) x = load_words(words + 4 * item), guard.spin();
-    const int token = T::tok == 1 ? 0 : item / per;
-    *reinterpret_cast<uint4*>(smem + p.smem.input + token * p.smem.input_stride + (item - token * per) * 16) = x;
+  for (int first = static_cast<int>(threadIdx.x); first < n_item; first += batch * n_thread) {
+    uint4 x[batch];
+#pragma unroll
+    for (int i = 0; i < batch; i++) x[i] = load_words(words + 4 * min(first + i * n_thread, n_item - 1));
+#pragma unroll
+    for (int i = 0; i < batch; i++) {
+      const int item = min(first + i * n_thread, n_item - 1);
+      SpinGuard guard(6);
+      while (any_unset(x[i]) && !probing(p, 1)) x[i] = load_words(words + 4 * item), guard.spin();
+      const int token = T::tok == 1 ? 0 : item / per;
+      *reinterpret_cast<uint4*>(smem + p.smem.input + token * p.smem.input_stride + (item - token * per) * 16) = x[i];
+    }
   }
 }
 
@@ -320,10 +373,14 @@ __device__ __forceinline__ void reduce_parts(const Params& p, const unsigned cha
   const int n_tok = T::n_tok(p), n = tiles * n_tok * 8;
 #pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i / 32 * 32 < n; i += n_thread) {
-    const float4* part = reinterpret_cast<const float4*>(smem + p.smem.part) + min(i, n - 1) * (sum_pitch / 4);
-    const float4 a = part[0], b = part[1], c = part[2], d = part[3];
-    const float x = (((a.x + a.y) + (a.z + a.w)) + ((b.x + b.y) + (b.z + b.w))) +
-                    (((c.x + c.y) + (c.z + c.w)) + ((d.x + d.y) + (d.z + d.w)));
+    const float4* part = reinterpret_cast<const float4*>(smem + p.smem.part) + min(i, n - 1) * (sum_pitch<T> / 4);
+    float4 a = part[0];
+#pragma unroll
+    for (int j = 1; j < n_sum<T> / 4; j++) {
+      const float4 b = part[j];
+      a.x += b.x, a.y += b.y, a.z += b.z, a.w += b.w;
+    }
+    const float x = (a.x + a.y) + (a.z + a.w);
     const int tile = T::tok == 1 ? i >> 3 : (i >> 3) / n_tok;
     out(i < n, tile, (i >> 3) - tile * n_tok, i & 7, x);
   }
