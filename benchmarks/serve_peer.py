@@ -151,9 +151,9 @@ def main():
                     if level is None:
                         continue
                     data["runs"].setdefault(shape, {}).setdefault(str(clients), {}).setdefault(name, []).append(level)
+                    pathlib.Path(args.output).write_text(json.dumps(data, indent=1), encoding="utf-8")
                     print(f"{number + 1}/{args.rounds} {shape} c{clients} {name}: "
                           + ", ".join(f"{c} {get(level):.4g}" for c, get in COLUMNS if get(level) is not None), flush=True)
-        pathlib.Path(args.output).write_text(json.dumps(data, indent=1), encoding="utf-8")
     if args.report:
         report(data, args.report)
 
