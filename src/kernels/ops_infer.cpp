@@ -92,6 +92,40 @@ void linear_i8(const Device& dev, View y, View x, const InferMatrix& w, View res
                   x.rows(), w.n, w.k);
 }
 
+static bool holds_type(WeightFormat f, DType t) {
+  switch (f) {
+    case WeightFormat::i8: return true;
+    case WeightFormat::bf16: return t == DType::bf16;
+    case WeightFormat::f16: return t == DType::f16;
+    case WeightFormat::f32: return false;
+  }
+  return false;
+}
+
+bool linear_few(const Device& dev, View y, View x, View norm, float eps, const InferMatrix& w, View residual,
+                bool swiglu) {
+  const cuda::FewLinear a = {.y = y.data,
+                             .x = x.data,
+                             .w = w.data,
+                             .scales = w.format == WeightFormat::i8 ? w.scales : nullptr,
+                             .norm = norm.data,
+                             .residual = residual.data,
+                             .eps = eps,
+                             .swiglu = swiglu,
+                             .m = x.rows(),
+                             .n = w.n,
+                             .k = w.k};
+  if (!holds_type(w.format, x.dtype) || !cuda::linear_few_fits(x.dtype, a) || !cuda::linear_few_pays(a)) return false;
+  check_dense(y, a.m, swiglu ? a.n / 2 : a.n, "y");
+  check_dense(x, a.m, a.k, "x");
+  const double n = static_cast<double>(a.n), k = static_cast<double>(a.k);
+  const double bytes = w.format == WeightFormat::i8 ? 1.0 + 2.0 / static_cast<double>(weight_group) : 2.0;
+  const Zone zone(dev.profiler, "linear_few", moved({x, y, residual}) + bytes * n * k,
+                  2 * static_cast<double>(a.m) * n * k);
+  cuda::linear_few(gpu(dev), x.dtype, a);
+  return true;
+}
+
 void sample_rows(const Device& dev, int32_t* ids, View logits, const RowSampling* params, const LogitEdit* edits,
                  const uint32_t* masks) {
   const Zone zone(dev.profiler, "sample_rows", moved({logits}), 0);
@@ -134,6 +168,10 @@ void kv_copy_rows(const Device&, const InferKv&, int64_t, const int32_t*, const 
 void attention_paged(const Device&, View, View, const InferKv&, int64_t, const PagedAttention&) { no_gpu(); }
 void quantize_i8(const Device&, const InferMatrix&, View) { no_gpu(); }
 void linear_i8(const Device&, View, View, const InferMatrix&, View) { no_gpu(); }
+bool linear_few(const Device&, View, View, View, float, const InferMatrix&, View, bool) {
+  no_gpu();
+  return false;
+}
 void sample_rows(const Device&, int32_t*, View, const RowSampling*, const LogitEdit*, const uint32_t*) { no_gpu(); }
 void resolve_ids(const Device&, int32_t*, const int32_t*, int64_t) { no_gpu(); }
 PersistentStep::PersistentStep(const Device&, const InferModel&, const InferKv&, int64_t, int64_t) { no_gpu(); }

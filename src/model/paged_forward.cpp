@@ -23,8 +23,16 @@ PagedScratch::PagedScratch(const ModelConfig& c, int64_t max_out, int64_t gather
 namespace {
 
 void product(const Device& dev, View y, View x, const InferMatrix& w, View residual = {}) {
+  if (ops::linear_few(dev, y, x, View(), 0, w, residual)) return;
   if (w.format == WeightFormat::i8) return ops::linear_i8(dev, y, x, w, residual);
   ops::linear_fwd(dev, y, x, View(const_cast<void*>(w.data), x.dtype, {w.n, w.k}), residual);
+}
+
+// y = norm(x) w^T; `normed` [rows of x] may receive norm(x).
+void norm_product(const Device& dev, View y, View normed, View x, View norm, float eps, const InferMatrix& w) {
+  if (ops::linear_few(dev, y, x, norm, eps, w)) return;
+  ops::rmsnorm_fwd(dev, normed, View(), x, norm, eps);
+  product(dev, y, normed, w);
 }
 
 void prompt_attention(const Device& dev, const ModelConfig& c, const InferModel& m, const InferKv& kv, int64_t layer,
@@ -72,8 +80,7 @@ void paged_forward(const Device& dev, const GpuWeights& weights, const InferKv& 
   for (int64_t l = 0; l < c.num_hidden_layers; l++) {
     const LayerViews& w = model.weights.layers[static_cast<size_t>(l)];
     const InferLayer& matrices = m.layers[l];
-    ops::rmsnorm_fwd(dev, a.h_in, View(), x, w.input_norm, c.rms_norm_eps);
-    product(dev, a.qkv, a.h_in, matrices.qkv);
+    norm_product(dev, a.qkv, a.h_in, x, w.input_norm, c.rms_norm_eps, matrices.qkv);
     ops::paged_norm_rope(dev, a.q, kv, l, packed ? a.k : View(), packed ? scratch.v.row_slice(0, b.n_tok) : View(),
                          b.slots, a.qkv,
                          {.q_weight = w.q_norm,
@@ -100,6 +107,10 @@ void paged_forward(const Device& dev, const GpuWeights& weights, const InferKv& 
     }
     if (b.prompts != nullptr) prompt_attention(dev, c, m, kv, l, b, a, scratch);
     product(dev, x, a.attn, matrices.o, x);
+    if (!c.is_moe() && ops::linear_few(dev, a.act, x, w.post_norm, c.rms_norm_eps, matrices.gate_up, {}, true)) {
+      product(dev, x, a.act, matrices.down, x);
+      continue;
+    }
     ops::rmsnorm_fwd(dev, a.h_mid, View(), x, w.post_norm, c.rms_norm_eps);
     if (c.is_moe()) {
       moe_forward(dev, c, w, a, acts, x, x);
@@ -119,8 +130,11 @@ void paged_forward(const Device& dev, const GpuWeights& weights, const InferKv& 
     last = scratch.hidden.row_slice(0, b.n_out);
     ops::gather_rows(dev, last, x, b.out_rows);
   }
+  if (!hidden_only) {
+    const View logits = scratch.logits.row_slice(0, b.n_out);
+    return norm_product(dev, logits, normed, last, model.weights.final_norm, c.rms_norm_eps, m.head);
+  }
   ops::rmsnorm_fwd(dev, normed, View(), last, model.weights.final_norm, c.rms_norm_eps);
-  if (!hidden_only) product(dev, scratch.logits.row_slice(0, b.n_out), normed, m.head);
 }
 
 }  // namespace mm

@@ -22,6 +22,13 @@
 //
 // Bytes: 2 d_head sizeof(C) a key and key head (int8: + 8).
 //
+// Measured on an H100 in a graph, keys not in L2, bf16 / int8 keys (us): H8/4 d96 1 x 100 2.5 / 2.9, 1 x 1,000 4.2 /
+// 4.2, 1 x 4,000 7.7 / 8.1, 16 x 1,000 12.7 / 10.8, 32 x 500 11.5 / 9.4, 96 x 200 13.6 / 10.2, 96 x 500 29.5 (2.5 TB/s)
+// / 21.2; 96 x 1,000 H8/2 d64 21.6 / 16.0; 128 x 1,000 H8/2 d128 51 / 31. `invariant`: 1 x 1,000 7.2, 96 x 200 20.9.
+// Slower: copies of 4 and 8 bytes by the thread that uses them (they pass through the first-level cache, which is small
+// beside 200 KB of shared memory: 96 x 500 int8 29.6), two parts a row where there are more rows than SMs (17.6 for 96
+// x 200), 16 warps a block there (17.7), without the prefetch and overlap 1 x 1,000 5.6.
+//
 // plain_kernel: everything else (fp32, mixed formats), a block a (row, head), fp32 arithmetic.
 #include "kernels/cuda/attention_mma.cuh"
 #include "kernels/cuda/infer_kernels.h"
@@ -39,7 +46,11 @@ struct Ring {
   static constexpr int row = D * size, row_chunks = row / 16;  // a key's or value's bytes; copied 16 at a time
   // Distances of rows at which the lanes' reads meet no bank twice: an odd multiple of 64 bytes (int8: 32) for keys, 16
   // more than the row for values.
-  static constexpr int k_unit = 32 * size, k_pitch = (row / k_unit | 1) * k_unit, v_pitch = row + 16;
+  static constexpr int k_unit = 32 * size, k_pitch = (row / k_unit | 1) * k_unit;
+  // 16-bit values of d 96 have their chunks permuted instead, at two reads a bank: the padding would cost a block an
+  // SM.
+  static constexpr bool permuted = D == 96 && size == 2;
+  static constexpr int v_pitch = permuted ? row : row + 16;
   static constexpr int k_bytes = 8 * size;  // a lane's piece of a row: D / 32 of them
   static constexpr int v_elements = D % 64 == 0 ? 8 : 4, v_chunks = D / 8 / v_elements, v_bytes = v_elements * size;
   static constexpr int v_at = 16 * k_pitch, scale_at = v_at + 16 * v_pitch;
@@ -163,7 +174,7 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks)
       const int r = __shfl_sync(0xffffffffu, rows, key);
       const int64_t from = max(r, 0) * ld + c * (16 / R::size);
       cp_async16(at + key * R::k_pitch + c * 16, k + from, r >= 0);
-      cp_async16(at + R::v_at + key * R::v_pitch + c * 16, v + from, r >= 0);
+      cp_async16(at + R::v_at + key * R::v_pitch + (R::permuted ? c ^ (key >> 1 & 3) : c) * 16, v + from, r >= 0);
     }
     if constexpr (kInt8) {  // [k: keys 0-7, 8-15, v: the same]
       const int r = __shfl_sync(0xffffffffu, rows, lane % 16);
@@ -264,8 +275,10 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks)
       constexpr int words = R::v_bytes / 4, pairs = R::v_elements / 2;
       uint32_t x[4][words];
 #pragma unroll
-      for (int j = 0; j < 4; j++)
-        load_words(x[j], at + R::v_at + (2 * m4 + (j & 1) + (j & 2) * 4) * R::v_pitch + (8 * c + g) * R::v_bytes);
+      for (int j = 0; j < 4; j++) {  // key / 2 % 4 is m4
+        const int piece = R::permuted ? ((4 * c + g / 2) ^ m4) * 16 + g % 2 * 8 : (8 * c + g) * R::v_bytes;
+        load_words(x[j], at + R::v_at + (2 * m4 + (j & 1) + (j & 2) * 4) * R::v_pitch + piece);
+      }
 #pragma unroll
       for (int e = 0; e < pairs; e++) {
         if constexpr (kInt8) {
@@ -472,15 +485,29 @@ void launch_for_group(const Context& ctx, const KvLayer& kv, const PagedAttentio
   const auto with_heads = [&](auto heads) {
     constexpr int kHeads = heads.value;
     const int64_t pairs = a.n_row * (a.n_head / kHeads);
-    // Blocks of 8 warps, in as many parts as leave each an SM of its own and its warps a tile; where there are more
-    // blocks than that, of 16-bit keys, smaller blocks fit more evenly.
+    const bool large = ctx.arch == 90 || ctx.arch == 100;  // 227 KB of shared memory a block; else 99 or more
+    if (a.invariant) {
+      if constexpr (sizeof(C) == 2) {
+        if (D == 128 || !large) return launch<T, C, D, kHeads, 4, 2, 2>(ctx, kv, a, invariant_split);
+      }
+      if constexpr (sizeof(C) == 1 || D < 128) launch<T, C, D, kHeads, 8, 2, 2>(ctx, kv, a, invariant_split);
+      return;
+    }
+    // As many parts as leave each block an SM of its own and its warps a tile.
     int n_split = 1;
     while (n_split < max_split && 2 * n_split * pairs <= ctx.n_sm && n_split * 8 * 16 < a.max_key) n_split *= 2;
-    if (a.invariant) n_split = invariant_split;
-    // d 128, 16 bits: what 8 warps keep would not fit every GPU.
-    if ((sizeof(C) == 2 && D == 128) || (sizeof(C) == 2 && !a.invariant && pairs > 2 * ctx.n_sm))
-      return launch<T, C, D, kHeads, 4, 3, 2>(ctx, kv, a, n_split);
-    launch<T, C, D, kHeads, 8, 2, 2>(ctx, kv, a, n_split);
+    if constexpr (sizeof(C) == 1) {
+      if (large && n_split * pairs <= ctx.n_sm && a.max_key > n_split * 128)
+        return launch<T, C, D, kHeads, 16, 2, 1>(ctx, kv, a, n_split);
+      return launch < T, C, D, kHeads, 8, 2, D == 128 ? 2 : 3 > (ctx, kv, a, n_split);  // as the registers allow
+    } else if constexpr (D == 128) {
+      if (large) return launch<T, C, D, kHeads, 4, 3, 2>(ctx, kv, a, n_split);
+      return launch<T, C, D, kHeads, 4, 2, 2>(ctx, kv, a, n_split);
+    } else {
+      if (pairs > ctx.n_sm || !large) return launch<T, C, D, kHeads, 4, 3, 3>(ctx, kv, a, n_split);
+      if (large && a.max_key > n_split * 128) return launch<T, C, D, kHeads, 16, 2, 1>(ctx, kv, a, n_split);
+      return launch<T, C, D, kHeads, 8, 2, 2>(ctx, kv, a, n_split);
+    }
   };
   if (group % 8 == 0) return with_heads(std::integral_constant<int, 8>{});
   if (group % 4 == 0) return with_heads(std::integral_constant<int, 4>{});

@@ -1,7 +1,8 @@
 // y [m, n] = x [m, k] w^T (+ residual) with int8 weights in groups of 32 along k, each with one f16 scale.
 //
 // Few tokens: linear_few.cu. Many, bf16 on Hopper: the matrix becomes bf16 in scratch memory for hopper_gemm (n k 2
-// bytes written and read more, in the L2 cache). plain_linear: fp32, or addresses that the others do not take.
+// bytes written and read more, in the L2 cache; H100, 6400 x 768: 512 tokens 20 us, 4,096 68 us, with bf16 weights 54).
+// plain_linear: fp32, or addresses that the others do not take.
 #include "kernels/cuda/device_math.cuh"
 #include "kernels/cuda/hopper_gemm.h"
 #include "kernels/cuda/infer_kernels.h"
@@ -35,7 +36,7 @@ struct Linear {
 };
 
 constexpr int n_warp = 8;
-constexpr int64_t most_few = 400'000;  // outputs up to which linear_few is faster than widening the matrix first
+constexpr int64_t most_few = 700'000;  // outputs up to which linear_few is faster than widening the matrix first
 
 // A warp a weight row and 8 tokens.
 template <class T>

@@ -30,8 +30,11 @@ void kv_copy_rows(const Context& ctx, const InferKv& kv, int64_t n_layer, const 
                   const int32_t* count, int64_t n_copies, int64_t max_count, int n_kv_head, int d_head);
 
 // --- attention over pages: attention_paged.cu --------------------------------------------------------------------
-// Few query rows against many keys: query row r (of n_row) belongs to sequence seq[r] and sees n_key[r] keys (0: padding,
-// out is set to zero). out, q [n_row, n_head, d_head] T.
+// Few query rows against many keys: query row r (of n_row) belongs to sequence seq[r] and sees n_key[r] keys (0:
+// padding, out is set to zero). seq, n_key and table may be read before the kernels
+// launched before have ended, as may slots and positions of paged_norm_rope and params of sample_rows: no kernel of the
+// step may write them. out,
+// q [n_row, n_head, d_head] T.
 struct PagedAttention {
   const void* q = nullptr;
   void* out = nullptr;
@@ -49,9 +52,9 @@ struct PagedAttention {
 void attention_paged(const Context& ctx, DType t, const KvLayer& kv, const PagedAttention& a);
 
 // --- int8 weights: gemm_i8.cu ------------------------------------------------------------------------------------
-// w [n, k] T or f32 -> data int8 [n, k], scales f16 [n, k / 32] (k a multiple of 32), as in infer.h.
+// w [n, k] f32 -> data int8 [n, k], scales f16 [n, k / 32] (k a multiple of 32), as in infer.h.
 void quantize_i8(const Context& ctx, int8_t* data, void* scales, const float* w, int64_t n, int64_t k);
-// y [m, n] T = x [m, k] w^T (+ residual T [m, n], may be y). Weights become T in registers; sums fp32.
+// y [m, n] T = x [m, k] w^T (+ residual T [m, n], may be y). Sums fp32; the weights of many tokens are rounded to T.
 void linear_i8(const Context& ctx, DType t, void* y, const void* x, const int8_t* data, const void* scales,
                const void* residual, int64_t m, int64_t n, int64_t k);
 
@@ -69,13 +72,15 @@ struct FewLinear {
   int64_t m = 0, n = 0, k = 0;
 };
 bool linear_few_fits(DType t, const FewLinear& a);  // k a multiple of 32, rows aligned to 16 bytes
+// Is it faster than a norm, a product by the library and what follows, launched one after another (weights of type T)?
+bool linear_few_pays(const FewLinear& a);
 void linear_few(const Context& ctx, DType t, const FewLinear& a);
 
 // --- sampling: sample.cu -----------------------------------------------------------------------------------------
 // Draws one token a row. logits [n, ld] T or f32 (unchanged); params [n]; edits, masks as in sample.h (masks
-// [.., ceil(n_vocab / 32)]). ids[i] receives the token, or -1 where a logit is NaN or +inf or nothing is allowed.
-// ids_host (mapped pinned memory, may be null) receives a copy, written behind it. Same filters and random numbers as
-// engine/sampler.h.
+// [.., ceil(n_vocab / 32)]). The edits of a row name each id once. ids[i] receives the token, or -1 where a logit is
+// NaN or +inf or nothing is allowed. ids_host (mapped pinned memory, may be null) receives a copy, written behind it.
+// Same filters and random numbers as engine/sampler.h.
 void sample_rows(const Context& ctx, DType t, int32_t* ids, int32_t* ids_host, const void* logits, int64_t ld,
                  int64_t n_vocab, const RowSampling* params, const LogitEdit* edits, const uint32_t* masks, int64_t n);
 // logprob of ids[i] and of the n_top most probable tokens a row (best first, lowest id on a tie) under the raw logits:
@@ -98,8 +103,8 @@ PersistentDecode* persistent_decode_create(const Context& ctx, const InferModel&
                                            const PersistentDecodeLimits& limits, const char** why);
 void persistent_decode_destroy(PersistentDecode* p) noexcept;
 // step: device pointers; cu is not read (token i is sequence i). ids may name tokens of the step before as in
-// resolve_ids (prev_ids). sample: params [n_tok] on the device (null: logits only), drawn ids go to next_ids [n_tok] and
-// next_ids_host (mapped pinned, may be null). step.logits [n_out, n_vocab] fp32; out_rows is not read (all rows).
+// resolve_ids (prev_ids). sample: params [n_tok] on the device (null: logits only), drawn ids go to next_ids [n_tok]
+// and next_ids_host (mapped pinned, may be null). step.logits [n_out, n_vocab] fp32; out_rows is not read (all rows).
 struct PersistentDecodeSample {
   const RowSampling* params = nullptr;
   const LogitEdit* edits = nullptr;

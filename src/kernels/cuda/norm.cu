@@ -23,6 +23,7 @@
 // (registers spill). The naive variants for comparison are in norm_naive.cu.
 #include "kernels/cuda/column_sums.cuh"
 #include "kernels/cuda/device_math.cuh"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/norm_naive.h"
 
 namespace mm::cuda {
@@ -37,6 +38,8 @@ __global__ void __launch_bounds__(kWarps * 32)
     fwd_warp(T* y, float* rstd, const T* x, const T* w, float eps, int64_t n, int d) {
   const int lane = threadIdx.x % 32;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
+  let_next_begin();
+  wait_for_previous();
   if (row >= n) return;
   Raw<T, 8> xr[P] = {}, weight[P] = {};
 #pragma unroll
@@ -269,8 +272,8 @@ void fwd(const Context& ctx, T* y, float* rstd, const T* x, const T* w, float ep
   if (vectors && d <= max_warp_width<T>) {
     const int warps = n <= ctx.n_sm ? 1 : kWarps;  // few rows: spread over the multiprocessors
     with_packs<T>(d, [&](auto p) {
-      fwd_warp<T, p.value><<<static_cast<unsigned>(div_up(n, warps)), warps * 32, 0, ctx.stream>>>(
-          y, rstd, x, w, eps, n, static_cast<int>(d));
+      launch_overlapped(ctx, fwd_warp<T, p.value>, dim3(static_cast<unsigned>(div_up(n, warps))),
+                        static_cast<unsigned>(warps * 32), 0, 1, y, rstd, x, w, eps, n, static_cast<int>(d));
     });
   } else if (vectors && d <= kMaxBlockWidth) {
     fwd_block<T><<<static_cast<unsigned>(n), wide_threads(d), 0, ctx.stream>>>(y, rstd, x, w, eps, static_cast<int>(d));

@@ -12,6 +12,12 @@
 // row gives the same token whatever else is drawn beside it.
 //
 // Bytes: n_vocab sizeof(T) a row; the time is that of some fifteen barriers and ten walks over shared memory.
+//
+// Measured on an H100 in a graph, 6,400 logits, 1 / 96 rows (us): greedy 2.8 / 3.1, top-k 50 with top-p 0.85 6.0 / 6.3,
+// with 300 edits a row 6.9 / 7.2, top-k 50 alone 7.0 / 7.3, no filter 4.5 / 4.8, top-p 0.9 alone over a wide
+// distribution 17, by selection on bits 26 to 36. Slower: sorting the candidates of top-k in place of counting
+// ranks 8.8, 512 threads 6.6, the random number by every thread 6.6. Log-probabilities: 3.8 us, and 0.75 us for each of
+// the top.
 #include "kernels/cuda/infer_kernels.h"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/sample.cuh"

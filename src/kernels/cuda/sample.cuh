@@ -17,7 +17,8 @@ struct alignas(16) SampleShared {
   uint64_t list[kThreads];                       // candidates: key << 32 | id
   uint64_t warp_sum[32];
   uint64_t before;
-  float warp_max[32];
+  float warp_max[32], kept;
+  double u;
   uint32_t prefix;
   int n_list, found;
 };
@@ -246,6 +247,10 @@ __device__ int32_t sample_row(SampleShared<kThreads>& s, float* score, const T* 
   max = warp_max(max);
   if (lane == 0) s.warp_max[warp] = max;
   if (tid == 0) s.found = 0x7fffffff, s.n_list = 0;
+  if (tid == kThreads - 1) {
+    const uint4 bits = philox(p.seed, p.stream, p.index);
+    s.u = static_cast<double>((uint64_t{bits.x} << 32 | bits.y) >> 11) * 0x1p-53;
+  }
   __syncthreads();
   max = warp_max(lane < kThreads / 32 ? s.warp_max[lane] : -INFINITY);
   if (!(max < INFINITY) || max == -INFINITY) {
@@ -263,8 +268,7 @@ __device__ int32_t sample_row(SampleShared<kThreads>& s, float* score, const T* 
     return s.found;
   }
 
-  const uint4 bits = philox(p.seed, p.stream, p.index);
-  const double u = static_cast<double>((uint64_t{bits.x} << 32 | bits.y) >> 11) * 0x1p-53;
+  const double u = s.u;
   const bool any_k = p.top_k <= 0 || p.top_k >= n_vocab, any_p = !(p.top_p < 1.0f);
   const auto prob = [&](float x) { return expf(x - max); };  // times the sum of all
   if (any_k && any_p) {
@@ -331,6 +335,7 @@ __device__ int32_t sample_row(SampleShared<kThreads>& s, float* score, const T* 
     if (!complete && !__syncthreads_or(tid == n - 1 && inclusive > limit)) continue;
     const bool kept = in_pool && (tid == 0 || inclusive - e <= limit);
     const int n_kept = __syncthreads_count(kept && e >= p.min_p);
+    float kept_mass;
     if (any_p) {  // in the order of ids
       const uint64_t mine = s.list[tid] << 32 | __float_as_uint(e);
       __syncthreads();
@@ -338,11 +343,12 @@ __device__ int32_t sample_row(SampleShared<kThreads>& s, float* score, const T* 
       __syncthreads();
       sort_list<kThreads>(s.list, n_kept);
       e = tid < n_kept ? __uint_as_float(static_cast<uint32_t>(s.list[tid])) : 0.0f;
-    } else if (tid >= n_kept) {
-      e = 0.0f;
+      inclusive = block_scan<kThreads>(e, kept_mass, s.warp_sum);
+    } else {
+      if (tid == n_kept - 1) s.kept = inclusive;
+      __syncthreads();
+      kept_mass = s.kept;
     }
-    float kept_mass;
-    inclusive = block_scan<kThreads>(e, kept_mass, s.warp_sum);
     const double target = u * static_cast<double>(kept_mass);
     const int drawn = min(__syncthreads_count(tid < n_kept && static_cast<double>(inclusive) <= target), n_kept - 1);
     const uint64_t winner = s.list[drawn];

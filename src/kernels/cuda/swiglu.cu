@@ -8,6 +8,7 @@
 // H100, bf16, 24576x2432: forward 121 us (99 % of a copy of 3.0 TB/s), backward in place with act 244 us (99 %); 1 to
 // 64 rows 1.6 us.
 #include "kernels/cuda/device_math.cuh"
+#include "kernels/cuda/launch.cuh"
 
 namespace mm::cuda {
 namespace {
@@ -20,6 +21,8 @@ __device__ __forceinline__ float sigmoid(float g) { return __fdividef(1.0f, 1.0f
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads) fwd_kernel(T* act, const T* gate_up, int64_t packs, unsigned row_packs) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  let_next_begin();
+  wait_for_previous();
   if (i >= packs) return;
   const int64_t row = packs <= 0x7fffffff ? static_cast<unsigned>(i) / row_packs : i / row_packs;
   const T* x = gate_up + (i + row * row_packs) * V;
@@ -61,8 +64,11 @@ void swiglu_fwd(const Context& ctx, DType t, void* act, const void* gate_up, int
     auto* y = static_cast<T*>(act);
     const auto* x = static_cast<const T*>(gate_up);
     if (f % 8 == 0 && aligned({act, gate_up}))
-      fwd_kernel<T, 8><<<blocks(n * f / 8), kThreads, 0, ctx.stream>>>(y, x, n * f / 8, static_cast<unsigned>(f / 8));
-    else fwd_kernel<T, 1><<<blocks(n * f), kThreads, 0, ctx.stream>>>(y, x, n * f, static_cast<unsigned>(f));
+      launch_overlapped(ctx, fwd_kernel<T, 8>, dim3(blocks(n * f / 8)), kThreads, 0, 1, y, x, n * f / 8,
+                        static_cast<unsigned>(f / 8));
+    else
+      launch_overlapped(ctx, fwd_kernel<T, 1>, dim3(blocks(n * f)), kThreads, 0, 1, y, x, n * f,
+                        static_cast<unsigned>(f));
   });
   MM_CUDA_LAUNCHED();
 }
