@@ -31,10 +31,9 @@ void kv_copy_rows(const Context& ctx, const InferKv& kv, int64_t n_layer, const 
 
 // --- attention over pages: attention_paged.cu --------------------------------------------------------------------
 // Few query rows against many keys: query row r (of n_row) belongs to sequence seq[r] and sees n_key[r] keys (0:
-// padding, out is set to zero). seq, n_key and table may be read before the kernels
+// padding, out is set to zero). out, q [n_row, n_head, d_head] T. seq, n_key and table may be read before the kernels
 // launched before have ended, as may slots and positions of paged_norm_rope and params of sample_rows: no kernel of the
-// step may write them. out,
-// q [n_row, n_head, d_head] T.
+// step may write them.
 struct PagedAttention {
   const void* q = nullptr;
   void* out = nullptr;
