@@ -20,12 +20,26 @@ int64_t kv_bytes(KvFormat format) {
   return 0;
 }
 
-int64_t key_blocks(int64_t n_key) { return (n_key + infer_key_block - 1) / infer_key_block; }
+// Decode splits keys by blocks of 16: with a short past two kv heads keep four threads busy.
+constexpr int64_t split_block = 16;
+int64_t key_blocks(int64_t n_key) { return (n_key + split_block - 1) / split_block; }
 
 // Position `at` of the sum over items of (blocks + 1): an item costs something of its own.
 constexpr int64_t item_cost = 1;
 
 }  // namespace
+
+// The first keys and values of a segment come while its queries are rotated; the others are the hardware's business.
+static void ask_for_keys(const AttendArgs& a) {
+  const int64_t bytes = kv_bytes(a.format);
+  for (int64_t key = a.key_begin; key < std::min(a.key_end, a.key_begin + 64); key++) {
+    const int64_t row = a.table[key >> a.block_shift] + (key & ((int64_t{1} << a.block_shift) - 1));
+    for (int64_t i = 0; i < a.d_head * bytes; i += 64) {
+      __builtin_prefetch(static_cast<const char*>(a.k) + row * a.ld_kv * bytes + i);
+      __builtin_prefetch(static_cast<const char*>(a.v) + row * a.ld_kv * bytes + i);
+    }
+  }
+}
 
 void split_keys(StepShared& shared, int n_thread) {
   const InferStep& step = shared.step;
@@ -33,6 +47,8 @@ void split_keys(StepShared& shared, int n_thread) {
   const int64_t n_kv = shared.model.n_kv_head, n_item = step.n_seq * n_kv;
   int64_t total = 0;
   for (int64_t s = 0; s < step.n_seq; s++) total += n_kv * (key_blocks(step.kv_len[s]) + item_cost);
+  // The first tile product after a stage without any costs about 1 us: as much as fp32 needs for 100 keys more.
+  shared.short_past = total * split_block <= 192 * n_thread;
   int64_t item = 0, passed = 0;
   for (int t = 0; t <= n_thread; t++) {
     const int64_t at = total * t / n_thread;
@@ -91,7 +107,7 @@ void Worker::rope_and_store(const InferLayer& layer, int64_t l) {
 }
 
 void Worker::attend(const AttendArgs& a, bool f32) const {
-  const auto few = f32 ? k_.attend_few : k_.attend_few_bf16;
+  const auto few = f32 || s_.short_past ? k_.attend_few : k_.attend_few_bf16;
   if (few != nullptr && !s_.invariant && a.n_tok == 1 && a.group <= 4) few(a);
   else (f32 ? k_.attend : k_.attend_bf16)(a);
 }
@@ -134,14 +150,15 @@ void Worker::attend_decode(const InferLayer& layer, int64_t l) {
     const int64_t begin = item == from.item ? from.block : 0;
     const bool last = item != to.item;
     if (!last && begin == to.block) break;  // nothing of it
-    if (last) store_kv(layer, seq, head, l);
-    for (int64_t h = 0; h < group; h++) rope_q(layer, seq, static_cast<int>(head * group + h), b_.q + h * dh);
     AttendArgs a = attend_args(seq, head, l);
     a.q = b_.q;
     a.n_tok = 1;
     a.visible = n_key;
-    a.key_begin = begin * infer_key_block;
-    a.key_end = last ? n_key : to.block * infer_key_block;
+    a.key_begin = begin * split_block;
+    a.key_end = last ? n_key : to.block * split_block;
+    ask_for_keys(a);
+    if (last) store_kv(layer, seq, head, l);
+    for (int64_t h = 0; h < group; h++) rope_q(layer, seq, static_cast<int>(head * group + h), b_.q + h * dh);
     if (begin > 0 || !last) {
       a.partial = p_.partial + (2 * t_ + (begin > 0 ? 0 : 1)) * p_.partial_floats;
     } else {
