@@ -84,7 +84,7 @@ class Worker {
   void moe_alone(const InferLayer& layer, const InferMatrix* next);
   void moe_half(const InferLayer& layer, const InferMatrix* next);
 
-  void barrier() { s_.barrier.wait(n_); }
+  void barrier() { s_.barrier.wait(t_, n_); }
   // This thread's part of n units of work.
   int64_t begin_of(int64_t n) const { return n * t_ / n_; }
   int64_t end_of(int64_t n) const { return n * (t_ + 1) / n_; }
