@@ -61,11 +61,11 @@ class Failed(Exception):
 
 class Peer:
     """A PyTorch process that answers a line of JSON with a line of JSON."""
-    def __init__(self, kind, env=None, **spec):
+    def __init__(self, kind, env=None, script=PEER, **spec):
         self.log = tempfile.TemporaryFile("w+")
         # Unbuffered: a second answer read along with the first would be hidden from select. A session of its own: compilers
         # and loaders that it starts end with it.
-        self.process = subprocess.Popen([sys.executable, PEER, kind, json.dumps(spec)], stdin=subprocess.PIPE,
+        self.process = subprocess.Popen([sys.executable, script, kind, json.dumps(spec)], stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, stderr=self.log, bufsize=0, env=dict(os.environ, **(env or {})),
                                         start_new_session=True)
 
