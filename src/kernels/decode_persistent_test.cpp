@@ -178,9 +178,11 @@ void run(const Shape& shape, Pair& pair, KvFormat format, const std::vector<int3
       ids[i] = step == 0 ? static_cast<int32_t>(i * 7 % vocab) : drawn[i];
       gpu_ids[i] = step == 0 ? ids[i] : -1 - static_cast<int32_t>(i);
       positions[i] = depths[i] + step, kv_len[i] = positions[i] + 1;
-      slots[i] = table[i * ld + static_cast<size_t>(positions[i] / block_rows)] + positions[i] % static_cast<int32_t>(block_rows);
+      slots[i] = table[i * ld + static_cast<size_t>(positions[i] / block_rows)] +
+                 positions[i] % static_cast<int32_t>(block_rows);
     }
-    InferStep s = {.n_tok = static_cast<int64_t>(n), .n_seq = static_cast<int64_t>(n), .n_out = static_cast<int64_t>(n)};
+    InferStep s = {
+        .n_tok = static_cast<int64_t>(n), .n_seq = static_cast<int64_t>(n), .n_out = static_cast<int64_t>(n)};
     s.ids = ids.data(), s.positions = positions.data(), s.slots = slots.data(), s.cu = cu.data();
     s.kv_len = kv_len.data(), s.table = table.data(), s.table_ld = static_cast<int64_t>(ld), s.block_shift = 4;
     s.out_rows = rows.data(), s.logits = logits.data(), s.hidden = hidden.data();
@@ -197,7 +199,8 @@ void run(const Shape& shape, Pair& pair, KvFormat format, const std::vector<int3
     EXPECT_LT(distance(d_hidden.get(), hidden), 1.5e-2) << "hidden of step " << step;
     drawn = d_next.get();
     for (size_t i = 0; i < n; i++) {
-      const auto row = got.begin() + static_cast<std::ptrdiff_t>(i * vocab), end = row + static_cast<std::ptrdiff_t>(vocab);
+      const auto row = got.begin() + static_cast<std::ptrdiff_t>(i * vocab),
+                 end = row + static_cast<std::ptrdiff_t>(vocab);
       EXPECT_EQ(drawn[i], std::max_element(row, end) - row) << "row " << i;
     }
     // The same step again gives the same bits.

@@ -44,7 +44,7 @@ constexpr uint32_t unset = 0xffffffffu;
 
 // Words of one set: [n_layer][layer_words], then logits [max_rows][logit_words]. Within a layer (words from its start):
 struct Exchange {
-  uint32_t *set[2] = {};
+  uint32_t* set[2] = {};
   int64_t layer_words = 0, logits = 0, set_words = 0;
   int64_t qkv = 0, parts = 0, merged = 0, mid = 0, act = 0, out = 0;  // each [max_rows][width], parts see attention
   int part_words = 0, n_parts = 0;
@@ -111,7 +111,7 @@ struct Params {
 };
 
 using Kernel = void (*)(Params);
-Kernel kernel_of_bf16(const Params& p), kernel_of_i8(const Params& p);  // for p's shape and number of tokens
+Kernel kernel_of_bf16(const Params&p), kernel_of_i8(const Params&p);  // for p's shape and number of tokens
 
 // What a kernel is compiled for: kTok 1 or up to 4 or 8 tokens; a model's shape, or 0 for any.
 template <WeightFormat kFormat, int kTok, int kD = 0, int kFf = 0, int kDHead = 0, int kGroup = 0>
@@ -141,7 +141,8 @@ struct SpinGuard {
   __device__ __forceinline__ explicit SpinGuard(int w) : what(w) {}
   __device__ __forceinline__ void spin() {
     if (++n == (1u << 22)) {
-      if (threadIdx.x % 32 == 0) printf("persistent decode: stuck at %d, block %d\n", what, static_cast<int>(blockIdx.x));
+      if (threadIdx.x % 32 == 0)
+        printf("persistent decode: stuck at %d, block %d\n", what, static_cast<int>(blockIdx.x));
       __trap();
     }
   }
@@ -190,11 +191,10 @@ __device__ __forceinline__ void await(const Params& p, uint32_t (&x)[n], const u
 __device__ __forceinline__ bool mbarrier_done(uint32_t bar, uint32_t parity) {
   uint32_t done;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile(
-      "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}\n"
-      : "=r"(done)
-      : "r"(bar), "r"(parity)
-      : "memory");
+  asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}\n"
+               : "=r"(done)
+               : "r"(bar), "r"(parity)
+               : "memory");
 #else
   asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}\n"
                : "=r"(done)

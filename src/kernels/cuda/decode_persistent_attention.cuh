@@ -47,7 +47,8 @@ struct Round {
 
 // Starts the copies of a round's old keys and values. rows: cache rows of the first two rounds' keys in shared memory.
 template <class T, int D>
-__device__ __forceinline__ void copy_round(const Params& p, unsigned char* smem, const Share& share, int layer, int round) {
+__device__ __forceinline__ void copy_round(const Params& p, unsigned char* smem, const Share& share, int layer,
+                                           int round) {
   using R = Round<T, D>;
   constexpr int per_key = D * R::size / 16, n = 2 * keys_per_round * per_key;
   const int* rows = reinterpret_cast<const int*>(smem + p.smem.rows);
@@ -59,7 +60,8 @@ __device__ __forceinline__ void copy_round(const Params& p, unsigned char* smem,
     const int which = i / (n / 2), key = i % (n / 2) / per_key, chunk = i % per_key;
     if (key >= count) continue;
     const int64_t row = round < 2 ? rows[round * keys_per_round + key] : key_row(p, share, first + key);
-    const T* from = static_cast<const T*>(which == 0 ? p.k : p.v) + base + row * (p.n_kv_head * D) + chunk * (16 / R::size);
+    const T* from =
+        static_cast<const T*>(which == 0 ? p.k : p.v) + base + row * (p.n_kv_head * D) + chunk * (16 / R::size);
     cp_async16(to + static_cast<uint32_t>(which * R::values + key * R::pitch + chunk * 16), from);
   }
   if constexpr (R::size == 1) {
@@ -67,7 +69,8 @@ __device__ __forceinline__ void copy_round(const Params& p, unsigned char* smem,
     if (which < 2 && key < count) {
       const int64_t row = round < 2 ? rows[round * keys_per_round + key] : key_row(p, share, first + key);
       cp_async4(to + static_cast<uint32_t>(R::scales + 4 * tid),
-                (which == 0 ? p.k_scale : p.v_scale) + layer * (p.kv_layer_stride / D) + row * p.n_kv_head + share.kv, true);
+                (which == 0 ? p.k_scale : p.v_scale) + layer * (p.kv_layer_stride / D) + row * p.n_kv_head + share.kv,
+                true);
     }
   }
 }
@@ -89,7 +92,8 @@ __device__ __forceinline__ void prepare_share(const Params& p, unsigned char* sm
   const int tid = static_cast<int>(threadIdx.x);
   if (tid < 2 * keys_per_round) {
     const int key = share.begin + tid;
-    if (key < share.end && key < share.n_key - 1) reinterpret_cast<int*>(smem + p.smem.rows)[tid] = key_row(p, share, key);
+    if (key < share.end && key < share.n_key - 1)
+      reinterpret_cast<int*>(smem + p.smem.rows)[tid] = key_row(p, share, key);
   }
   float* turn = reinterpret_cast<float*>(smem + p.smem.rope);
   const int64_t from = static_cast<int64_t>(p.positions[share.row]) * (D / 2);
@@ -172,12 +176,13 @@ struct HeadValues {
   }
 };
 
-// Two bytes (0 and 2, or 1 and 3, of x) as a bf16 pair: 0x43xx is 128 + the low 7 bits or, with the sign bit, 256 + them.
+// Two bytes (0 and 2, or 1 and 3, of x) as a bf16 pair: 0x43xx is 128 + the low 7 bits or, with the sign bit, 256 +
+// them.
 template <int selector>
 __device__ __forceinline__ uint32_t widen_pair(uint32_t x) {
   const uint32_t two = __byte_perm(x, 0x43434343u, selector), value = two & 0xff7fff7fu, offset = two & 0xff80ff80u;
-  const __nv_bfloat162 d = __hsub2(*reinterpret_cast<const __nv_bfloat162*>(&value),
-                                   *reinterpret_cast<const __nv_bfloat162*>(&offset));
+  const __nv_bfloat162 d =
+      __hsub2(*reinterpret_cast<const __nv_bfloat162*>(&value), *reinterpret_cast<const __nv_bfloat162*>(&offset));
   return *reinterpret_cast<const uint32_t*>(&d);
 }
 
@@ -209,7 +214,8 @@ __device__ __forceinline__ void attend(const Params& p, unsigned char* smem, con
       // Into the first round's buffer, or, where the share is longer, aside until its round comes.
       const int which = warp - G;
       const bool first = owner && own_at < keys_per_round;
-      T* to = reinterpret_cast<T*>(first ? ring + which * R::values + own_at * R::pitch : smem + p.smem.own + which * D * R::size);
+      T* to = reinterpret_cast<T*>(first ? ring + which * R::values + own_at * R::pitch
+                                         : smem + p.smem.own + which * D * R::size);
       float* scale = first ? reinterpret_cast<float*>(ring + R::scales) + which * keys_per_round + own_at
                            : reinterpret_cast<float*>(smem + p.smem.own + 2 * D * R::size) + which;
       const int64_t at = layer * (p.kv_layer_stride / D) + static_cast<int64_t>(share.slot) * p.n_kv_head + share.kv;
@@ -245,15 +251,19 @@ __device__ __forceinline__ void attend(const Params& p, unsigned char* smem, con
       float c[2][4] = {};
       const unsigned char* q = smem + p.smem.q + g * q_pitch + t * 8;
       const unsigned char* k = buffer + (warp * 16 + g) * R::pitch + t * 4 * R::size;
-#pragma unroll
+#pragma unroll 2
       for (int i = 0; i < D / 16; i++) {
         const uint2 b = *reinterpret_cast<const uint2*>(q + 32 * i);
         if constexpr (R::size == 2) {
-          const uint2 lo = *reinterpret_cast<const uint2*>(k + 32 * i), hi = *reinterpret_cast<const uint2*>(k + 8 * R::pitch + 32 * i);
+          const uint2 lo = *reinterpret_cast<const uint2*>(k + 32 * i),
+                      hi = *reinterpret_cast<const uint2*>(k + 8 * R::pitch + 32 * i);
           mma<bf16>(c[i % 2], {lo.x, hi.x, lo.y, hi.y}, b.x, b.y);
         } else {
-          const uint32_t lo = *reinterpret_cast<const uint32_t*>(k + 16 * i), hi = *reinterpret_cast<const uint32_t*>(k + 8 * R::pitch + 16 * i);
-          mma<bf16>(c[i % 2], {widen_pair<0x4140>(lo), widen_pair<0x4140>(hi), widen_pair<0x4342>(lo), widen_pair<0x4342>(hi)}, b.x, b.y);
+          const uint32_t lo = *reinterpret_cast<const uint32_t*>(k + 16 * i),
+                         hi = *reinterpret_cast<const uint32_t*>(k + 8 * R::pitch + 16 * i);
+          mma<bf16>(c[i % 2],
+                    {widen_pair<0x4140>(lo), widen_pair<0x4140>(hi), widen_pair<0x4342>(lo), widen_pair<0x4342>(hi)},
+                    b.x, b.y);
         }
       }
       const int key = warp * 16 + g, n = share.end - share.begin - round * keys_per_round;  // valid keys of the buffer
@@ -283,25 +293,21 @@ __device__ __forceinline__ void attend(const Params& p, unsigned char* smem, con
     }
     __syncthreads();
     if (warp < D / 16) {
-      float f[4][2];
-#pragma unroll
-      for (int e = 0; e < 2; e++) {
-        float2 x[4];
-        float m = top[e];
-#pragma unroll
-        for (int w = 0; w < 4; w++) x[w] = *reinterpret_cast<const float2*>(ml + (w * 8 + 2 * t + e) * 2), m = fmaxf(m, x[w].x);
-        const float r = reference(m), old = exp2_fast(top[e] - r);
-        top[e] = m, sum[e] *= old;
-        acc[e] *= old, acc[2 + e] *= old;
-#pragma unroll
-        for (int w = 0; w < 4; w++) f[w][e] = exp2_fast(x[w].x - r), sum[e] += f[w][e] * x[w].y;
-      }
       const int n = share.end - share.begin - round * keys_per_round;
+#pragma unroll 1
+      for (int w = 0; 16 * w < min(n, keys_per_round); w++) {
+        float f[2];  // of this warp's scores
 #pragma unroll
-      for (int w = 0; w < 4; w++) {
-        if (16 * w >= n) break;
+        for (int e = 0; e < 2; e++) {
+          const float2 x = *reinterpret_cast<const float2*>(ml + (w * 8 + 2 * t + e) * 2);
+          const float m = fmaxf(top[e], x.x), r = reference(m), old = exp2_fast(top[e] - r);
+          f[e] = exp2_fast(x.x - r);
+          top[e] = m, sum[e] = sum[e] * old + f[e] * x.y;
+          acc[e] *= old, acc[2 + e] *= old;
+        }
         const unsigned char* scores = smem + p.smem.scores + g * score_pitch + (16 * w + 2 * t) * 2;
-        const uint32_t b0 = *reinterpret_cast<const uint32_t*>(scores), b1 = *reinterpret_cast<const uint32_t*>(scores + 16);
+        const uint32_t b0 = *reinterpret_cast<const uint32_t*>(scores),
+                       b1 = *reinterpret_cast<const uint32_t*>(scores + 16);
         const unsigned char* v = buffer + R::values + (16 * w + 2 * t) * R::pitch + (16 * warp + 2 * g) * R::size;
         // Values behind the last key are what the buffer held before: finite or not, they must not count.
         const auto pair = [&](int key) -> uint32_t {
@@ -312,13 +318,17 @@ __device__ __forceinline__ void attend(const Params& p, unsigned char* smem, con
         const uint32_t x0 = pair(0), x1 = pair(1), x8 = pair(8), x9 = pair(9);
         float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
         if constexpr (R::size == 2) {
-          mma<bf16>(d, {__byte_perm(x0, x1, 0x5410), __byte_perm(x0, x1, 0x7632), __byte_perm(x8, x9, 0x5410), __byte_perm(x8, x9, 0x7632)}, b0, b1);
+          mma<bf16>(d,
+                    {__byte_perm(x0, x1, 0x5410), __byte_perm(x0, x1, 0x7632), __byte_perm(x8, x9, 0x5410),
+                     __byte_perm(x8, x9, 0x7632)},
+                    b0, b1);
         } else {
           const uint32_t lo = x0 | x1 << 16, hi = x8 | x9 << 16;
-          mma<bf16>(d, {widen_pair<0x4240>(lo), widen_pair<0x4341>(lo), widen_pair<0x4240>(hi), widen_pair<0x4341>(hi)}, b0, b1);
+          mma<bf16>(d, {widen_pair<0x4240>(lo), widen_pair<0x4341>(lo), widen_pair<0x4240>(hi), widen_pair<0x4341>(hi)},
+                    b0, b1);
         }
 #pragma unroll
-        for (int e = 0; e < 4; e++) acc[e] += f[w][e % 2] * d[e];
+        for (int e = 0; e < 4; e++) acc[e] += f[e % 2] * d[e];
       }
     }
   }

@@ -121,7 +121,8 @@ inline __device__ __noinline__ void draw(const Params& p, unsigned char* smem, i
     if (tid % 32 == 0) shared.warp_max[tid / 32] = best, shared.low[tid / 32] = static_cast<uint32_t>(id);
     bad = __syncthreads_or(bad);
     if (tid >= 32) return;
-    best = tid < n_warp ? shared.warp_max[tid] : minus_infinity(), id = tid < n_warp ? static_cast<int>(shared.low[tid]) : id;
+    best = tid < n_warp ? shared.warp_max[tid] : minus_infinity(),
+    id = tid < n_warp ? static_cast<int>(shared.low[tid]) : id;
 #pragma unroll 1
     for (int i = 8; i > 0; i /= 2) {
       const float other = __shfl_xor_sync(0xffffffffu, best, i);
@@ -150,8 +151,8 @@ inline __device__ __noinline__ void draw(const Params& p, unsigned char* smem, i
 #endif
 
 template <class T>
-__device__ __forceinline__ void work(const Params& p, unsigned char* smem, const int32_t* tokens, uint32_t step, bool parts,
-                                     Copier<T>& copier) {
+__device__ __forceinline__ void work(const Params& p, unsigned char* smem, const int32_t* tokens, uint32_t step,
+                                     bool parts, Copier<T>& copier) {
   const int2* segments = reinterpret_cast<const int2*>(smem + p.smem.segments);
   const float* residual = reinterpret_cast<const float*>(smem + p.smem.residual);
   const Share share = share_of(p);
@@ -197,11 +198,14 @@ __device__ __forceinline__ void work(const Params& p, unsigned char* smem, const
       if (done == 0) {
         if (kind == stage_gate_up && share.any() && layer + 1 < p.n_layer) {  // while the input is on its way
           __syncthreads();                                                    // attention is done with the buffers
-          with_keys<T>(p, [&](auto t, auto d) { start_keys<decltype(t), decltype(d)::value>(p, smem, share, layer + 1); });
+          with_keys<T>(p,
+                       [&](auto t, auto d) { start_keys<decltype(t), decltype(d)::value>(p, smem, share, layer + 1); });
         }
         MM_TRACE(s * 8 + 1);
         if (has_pairs) take_pairs<T>(p, smem, words + (kind == stage_o ? p.ex.merged : p.ex.act), p.shape[kind].k / 2);
-        else take_residual<T>(p, smem, kind == stage_gate_up ? words + p.ex.mid : before, tokens, norms + (kind == stage_gate_up ? d_model : 0));
+        else
+          take_residual<T>(p, smem, kind == stage_gate_up ? words + p.ex.mid : before, tokens,
+                           norms + (kind == stage_gate_up ? d_model : 0));
         MM_TRACE(s * 8 + 2);
       }
       __syncthreads();  // the input is there, the weights are in registers, the former sums have been read
@@ -249,7 +253,8 @@ __device__ __forceinline__ void work(const Params& p, unsigned char* smem, const
         for (int i = static_cast<int>(blockIdx.x); i < T::n_tok(p) * p.n_head; i += static_cast<int>(gridDim.x)) {
           const int row = i / p.n_head, n_split = splits_of(p, p.kv_len[row]);
           if (n_split == 1) continue;
-          with_width<T>(p, [&](auto d) { merge_parts<decltype(d)::value>(p, smem, row, i % p.n_head, n_split, words); });
+          with_width<T>(p,
+                        [&](auto d) { merge_parts<decltype(d)::value>(p, smem, row, i % p.n_head, n_split, words); });
         }
       }
       MM_TRACE(s * 8 + 6);
@@ -267,7 +272,8 @@ __device__ __forceinline__ void work(const Params& p, unsigned char* smem, const
       p.hidden[i] = residual[i] * norm_factor<T>(p, smem, i / d_model) * norms[i % d_model];
   }
   if (p.draw && static_cast<int>(blockIdx.x) < T::n_tok(p))
-    draw(p, smem, static_cast<int>(blockIdx.x), set + p.ex.logits + static_cast<int64_t>(blockIdx.x) * p.ex.logit_words);
+    draw(p, smem, static_cast<int>(blockIdx.x),
+         set + p.ex.logits + static_cast<int64_t>(blockIdx.x) * p.ex.logit_words);
   MM_TRACE((4 * p.n_layer + 1) * 8);
 }
 
@@ -284,7 +290,8 @@ __global__ void __launch_bounds__(n_thread, 1) step_kernel(const __grid_constant
   const uint32_t step = p.state->step;
   const int n_segment = 4 * p.n_layer + 1, n_tok = T::n_tok(p);
   int2* segments = reinterpret_cast<int2*>(smem + p.smem.segments);
-  for (int i = tid; i < n_segment; i += n_thread) segments[i] = p.segments[static_cast<int64_t>(blockIdx.x) * n_segment + i];
+  for (int i = tid; i < n_segment; i += n_thread)
+    segments[i] = p.segments[static_cast<int64_t>(blockIdx.x) * n_segment + i];
   if (tid < n_tok * p.sum_stride) reinterpret_cast<float*>(smem + p.smem.sums)[tid] = 0.0f;
   if (tid < n_tok) {
     int id = p.ids[tid];
@@ -305,9 +312,6 @@ __global__ void __launch_bounds__(n_thread, 1) step_kernel(const __grid_constant
 // The shapes of MiniMind's small models get kernels of their own, which are half as large and twice as fast.
 template <WeightFormat kFormat, int... kShape>
 Kernel for_tokens(int n_tok) {
-#ifdef MM_QUICK
-  return step_kernel<Traits<kFormat, 1, kShape...>>;
-#endif
   if (n_tok == 1) return step_kernel<Traits<kFormat, 1, kShape...>>;
   return n_tok <= 4 ? step_kernel<Traits<kFormat, 4, kShape...>> : step_kernel<Traits<kFormat, 8, kShape...>>;
 }
@@ -318,9 +322,6 @@ Kernel for_shape(const Params& p) {
   };
   if (is(768, 2432, 8, 4, 96)) return for_tokens<kFormat, 768, 2432, 96, 2>(p.n_tok);
   if (is(512, 1408, 8, 2, 64)) return for_tokens<kFormat, 512, 1408, 64, 4>(p.n_tok);
-#ifdef MM_QUICK
-  return nullptr;
-#endif
   return step_kernel<Traits<kFormat, 8>>;
 }
 

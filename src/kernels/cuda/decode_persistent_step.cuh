@@ -52,11 +52,12 @@ struct Copier {
       const unsigned char* source = from + static_cast<uint64_t>(next) * slot_bytes;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
       // createpolicy's evict_last and evict_first
-      const uint64_t policy = static_cast<int>(next & 15) < p.resident_16ths ? 0x14f0000000000000ull : 0x12f0000000000000ull;
+      const uint64_t policy =
+          static_cast<int>(next & 15) < p.resident_16ths ? 0x14f0000000000000ull : 0x12f0000000000000ull;
       asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
       asm volatile(
-          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
-              "r"(to),
+          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], "
+          "%4;" ::"r"(to),
           "l"(source), "r"(bytes), "r"(bar), "l"(policy)
           : "memory");
 #else
@@ -76,8 +77,9 @@ __device__ __forceinline__ void each_part_of_set(const Params& p, int64_t rows, 
   for (int layer = 0; layer < p.n_layer; layer++) {
     const int64_t base = layer * p.ex.layer_words;
     const int64_t at[6] = {p.ex.qkv, p.ex.merged, p.ex.mid, p.ex.act, p.ex.out, p.ex.parts};
-    const int64_t n[6] = {rows * p.qkv_width, rows * (p.n_head * p.d_head / 2), rows * p.d_model, rows * (p.d_ff / 2), rows * p.d_model,
-                          parts ? static_cast<int64_t>(p.ex.n_parts) * p.ex.part_words : 0};
+    const int64_t n[6] = {rows * p.qkv_width, rows * (p.n_head * p.d_head / 2),
+                          rows * p.d_model,   rows * (p.d_ff / 2),
+                          rows * p.d_model,   parts ? static_cast<int64_t>(p.ex.n_parts) * p.ex.part_words : 0};
 #pragma unroll
     for (int i = 0; i < 6; i++) f(base + at[i], n[i]);
   }
@@ -91,12 +93,14 @@ inline __device__ __noinline__ void keep_house(const Params& p, uint32_t step, b
   uint32_t* now = p.ex.set[set];
   each_part_of_set(p, p.n_tok, parts, [&](int64_t at, int64_t words) {
 #pragma unroll 1
-    for (int64_t i = first * 32; i < words; i += stride * 32) asm volatile("prefetch.global.L2 [%0];" ::"l"(now + at + i));
+    for (int64_t i = first * 32; i < words; i += stride * 32)
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(now + at + i));
   });
   if (p.draw && first < p.n_tok) asm volatile("prefetch.global.L2 [%0];" ::"l"(p.sampling + first));
   const int64_t n_norms = static_cast<int64_t>(p.n_layer) * p.norm_stride + p.d_model;
 #pragma unroll 1
-  for (int64_t i = first * 32; i < n_norms; i += stride * 32) asm volatile("prefetch.global.L2 [%0];" ::"l"(p.norms + i));
+  for (int64_t i = first * 32; i < n_norms; i += stride * 32)
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(p.norms + i));
   uint32_t* before = p.ex.set[set ^ 1];
   each_part_of_set(p, p.state->rows[set ^ 1], p.state->parts[set ^ 1] != 0, [&](int64_t at, int64_t words) {
 #pragma unroll 1
@@ -124,8 +128,8 @@ struct Cursor {
 
 // Takes a pass out of the ring. What a warp takes beyond a tile's last unit is never used.
 template <class T, int kPer>
-__device__ __forceinline__ void take(const Params& p, unsigned char* smem, Held<T>& held, const Cursor& cursor, int units,
-                                     int tiles) {
+__device__ __forceinline__ void take(const Params& p, unsigned char* smem, Held<T>& held, const Cursor& cursor,
+                                     int units, int tiles) {
   constexpr int n_tile = tiles_per_pass(kPer * n_warp, held_units);
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const uint32_t n_slots = static_cast<uint32_t>(p.smem.n_slots), capacity = n_slots * slot_units * T::unit;
@@ -155,26 +159,28 @@ __device__ __forceinline__ void take(const Params& p, unsigned char* smem, Held<
   }
 }
 
-// The warps' sums of an output lie side by side: n_sum of them, sum_pitch floats on the next output's (no bank conflicts,
-// 16-byte aligned).
+// The warps' sums of an output lie side by side: n_sum of them, sum_pitch floats on the next output's (no bank
+// conflicts, 16-byte aligned).
 template <class T>
 constexpr int n_sum = T::wide ? n_warp : 2 * n_warp;
 template <class T>
 constexpr int sum_pitch = n_sum<T> + 4;
 
-// Products of a pass: sums to part [tile][token][8 rows][sum_pitch]. Register i of a lane's unit: a pair of columns of row
-// g = lane / 4, see above. Up to 4 tokens: the lower half of the operand is the same rows with the columns' other half, so
-// that one product takes all 32 (of the result, columns 0..3 of the upper and 4..7 of the lower half are wanted). More:
-// two products, half of each is idle.
+// Products of a pass: sums to part [tile][token][8 rows][sum_pitch]. Register i of a lane's unit: a pair of columns of
+// row g = lane / 4, see above. Up to 4 tokens: the lower half of the operand is the same rows with the columns' other
+// half, so that one product takes all 32 (of the result, columns 0..3 of the upper and 4..7 of the lower half are
+// wanted). More: two products, half of each is idle.
 template <class T, int kPer>
-__device__ __forceinline__ void multiply(const Params& p, unsigned char* smem, const Held<T>& held, int units, int tiles) {
+__device__ __forceinline__ void multiply(const Params& p, unsigned char* smem, const Held<T>& held, int units,
+                                         int tiles) {
   constexpr int n_tile = tiles_per_pass(kPer * n_warp, held_units);
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4,
+            t = lane % 4;
   const int n_tok = T::n_tok(p);
   const int token = T::tok == 1 ? 0 : min(T::wide ? g : g % 4, n_tok - 1);
   const unsigned char* x = smem + p.smem.input + token * p.smem.input_stride + t * 16 + (!T::wide && g >= 4 ? 8 : 0);
   // r: column pairs 0, 4, 2, 6; b: of x, pairs 0, 2, 4, 6 (wide) or this lane's two.
-  const auto add = [&](float (&c)[4], const uint32_t(&r)[4], const uint4& b) {
+  const auto add = [&](float(&c)[4], const uint32_t(&r)[4], const uint4& b) {
     if constexpr (T::wide) {
       mma<bf16>(c, {r[0], 0u, r[2], 0u}, b.x, b.y);
       mma<bf16>(c, {r[1], 0u, r[3], 0u}, b.z, b.w);
@@ -219,7 +225,8 @@ __device__ __forceinline__ void multiply(const Params& p, unsigned char* smem, c
         for (int h = 0; h < 2; h++) {
           const uint32_t lo = h == 0 ? w.x : w.z, hi = h == 0 ? w.y : w.w;
           float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-          add(d, {widen_pair<0x4140>(lo), widen_pair<0x4140>(hi), widen_pair<0x4342>(lo), widen_pair<0x4342>(hi)}, operands[h]);
+          add(d, {widen_pair<0x4140>(lo), widen_pair<0x4140>(hi), widen_pair<0x4342>(lo), widen_pair<0x4342>(hi)},
+              operands[h]);
 #pragma unroll
           for (int e = 0; e < 4; e++) sum[e] += (h == 0 ? scale.x : scale.y) * d[e];
         }
@@ -238,12 +245,14 @@ __device__ __forceinline__ void multiply(const Params& p, unsigned char* smem, c
   // Lane: row g, of tokens 2 t, 2 t + 1 (wide) or 2 (t % 2), + 1 the sum over the upper or lower half.
   const bool lower = !T::wide && t >= 2;
   const int first = T::wide ? 2 * t : 2 * (t % 2);
-  float* part = reinterpret_cast<float*>(smem + p.smem.part) + (first * 8 + g) * sum_pitch<T> + warp + (lower ? n_warp : 0);
+  float* part =
+      reinterpret_cast<float*>(smem + p.smem.part) + (first * 8 + g) * sum_pitch<T> + warp + (lower ? n_warp : 0);
 #pragma unroll
   for (int i = 0; i < n_tile; i++) {
 #pragma unroll
     for (int e = 0; e < (T::tok == 1 ? 1 : 2); e++) {
-      if (i < tiles && first + e < n_tok) part[(i * n_tok + e) * 8 * sum_pitch<T>] = lower ? c[i][0][2 + e] : c[i][0][e];
+      if (i < tiles && first + e < n_tok)
+        part[(i * n_tok + e) * 8 * sum_pitch<T>] = lower ? c[i][0][2 + e] : c[i][0][e];
     }
   }
 }
@@ -272,7 +281,8 @@ __device__ __forceinline__ void with_units_per_warp(int units, F&& f) {
 // --- inputs of a stage --------------------------------------------------------------------------------------------
 inline __device__ __noinline__ float4 embedded(const Params& p, int64_t id, int c) {
   const int64_t at = id * p.d_model + c;
-  if (p.embed_format == WeightFormat::f32) return *reinterpret_cast<const float4*>(static_cast<const float*>(p.embed) + at);
+  if (p.embed_format == WeightFormat::f32)
+    return *reinterpret_cast<const float4*>(static_cast<const float*>(p.embed) + at);
   if (p.embed_format == WeightFormat::i8) {
     const char4 q = *reinterpret_cast<const char4*>(static_cast<const int8_t*>(p.embed) + at);
     const float s = __half2float(static_cast<const f16*>(p.embed_scales)[at / 32]);
