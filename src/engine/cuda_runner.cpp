@@ -17,8 +17,6 @@ constexpr size_t n_slots = 4;
 constexpr int64_t short_rows = 8;       // so many tokens of a sequence attend row by row, as in decoding
 constexpr int64_t persistent_rows = 8;  // sequences that the persistent kernel takes
 
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 template <class T>
 void put(const Buffer& block, size_t at, const std::vector<T>& from) {
   std::memcpy(static_cast<char*>(block.data()) + at, from.data(), from.size() * sizeof(T));
@@ -34,11 +32,7 @@ T* in(const Buffer& block, size_t at) {
 // kernels compute a row whatever else is in the step; and every token attends row by row.
 int64_t CudaRunner::bucket(int64_t n) const {
   if (options_.batch_invariant) return limits_.max_tok;
-  const int64_t b = n <= 16    ? static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(n)))
-                    : n <= 128 ? round_up(n, 16)
-                    : n <= 512 ? round_up(n, 64)
-                               : round_up(n, 256);
-  return std::min(b, limits_.max_tok);
+  return std::min(step_bucket(n), limits_.max_tok);
 }
 
 CudaRunner::CudaRunner(const Model& model, const EngineOptions& options, const RunnerLimits& limits)
@@ -54,7 +48,7 @@ CudaRunner::CudaRunner(const Model& model, const EngineOptions& options, const R
   const int64_t table_ld = std::max<int64_t>(
       16, std::bit_ceil(static_cast<uint64_t>(limits.context / std::max<int64_t>(1, options.block_size) + 1)));
   // Tables are the largest list: all sequences of full length do not fit the pool, so this bounds what a step can name.
-  const int64_t n_seq = std::max(limits.max_seq, limits.max_out);
+  const int64_t n_seq = bucket(std::max(limits.max_seq, limits.max_out));
   const size_t bytes = layout(limits.max_tok, limits.max_out, n_seq, table_ld, 4 * n_seq).end;
   const ModelConfig& c = model.config;
   const auto out = static_cast<size_t>(limits.max_out);
@@ -67,11 +61,22 @@ CudaRunner::CudaRunner(const Model& model, const EngineOptions& options, const R
     slots_.back().block = Buffer(bytes, Memory::pinned);
     slots_.back().ids = Buffer(out * sizeof(int32_t), Memory::pinned);
   }
-  if (c.is_moe() || options.batch_invariant || dev_.act != DType::bf16) return;
+  make_persistent();
+}
+
+void CudaRunner::make_persistent() {
+  const ModelConfig& c = weights_.replica().config;
+  if (c.is_moe() || options_.batch_invariant || dev_.act != DType::bf16) return;
   gpu_logits_ = Buffer(static_cast<size_t>(persistent_rows * c.vocab_size) * sizeof(float), Memory::cuda);
   persistent_ =
-      ops::PersistentStep(dev_, weights_.model(), kv_, std::min(persistent_rows, limits.max_seq), limits.context);
+      ops::PersistentStep(dev_, weights_.model(), kv_, std::min(persistent_rows, limits_.max_seq), limits_.context);
   if (!persistent_) log_info("decode steps run as graphs of ordinary kernels: {}", persistent_.why());
+}
+
+void CudaRunner::update(const Model& model) {
+  weights_.update(model);
+  persistent_ = {};  // holds weights of its own
+  make_persistent();
 }
 
 CudaRunner::~CudaRunner() {
@@ -327,13 +332,15 @@ void CudaRunner::warm_up() {
   StepBatch nothing;
   nothing.block_shift = std::bit_width(static_cast<uint64_t>(options_.block_size - 1));
   for (int64_t n = 1; n <= limits_.max_tok; n = bucket(n) + 1) {
-    const Layout l =
-        layout(bucket(n), std::min(bucket(n), limits_.max_out), bucket(n), 16, 0);  // as submit() lays it out
+    const bool decodes = n <= limits_.max_seq && !options_.batch_invariant;
+    // As submit() lays it out.
+    const Layout l = layout(bucket(n), std::min(bucket(n), limits_.max_out), decodes ? bucket(n) : 0, 16, 0);
+    MM_CHECK(l.end <= gpu_block_.size());
     Slot& slot = slots_[turn_];
     slot.fence.wait();
     fill(slot, l, nothing, {});
     copy_async(gpu_block_.data(), slot.block.data(), l.end, dev_.stream);
-    if (n <= limits_.max_seq && !options_.batch_invariant) {
+    if (decodes) {
       // Twice: the second time it is captured. The persistent kernel needs no preparation.
       for (int i = 0; i < 2 && !(persistent_ && l.n_tok <= persistent_rows); i++) run_graph(nothing, l, {});
     } else {

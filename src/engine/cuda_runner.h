@@ -20,7 +20,7 @@ class CudaRunner final : public Runner {
   void collect(StepResult& result) override;
   void warm_up() override;
   std::string description() const override;
-  void update(const Model& model) override { weights_.update(model); }
+  void update(const Model& model) override;
 
  private:
   // Where the lists of a step lie in a block; the same for every step of one shape, so that a graph finds them.
@@ -55,6 +55,7 @@ class CudaRunner final : public Runner {
     return reinterpret_cast<T*>(static_cast<char*>(gpu_block_.data()) + offset);
   }
   int64_t bucket(int64_t n) const;
+  void make_persistent();
 
   EngineOptions options_;
   RunnerLimits limits_;

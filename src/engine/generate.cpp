@@ -32,6 +32,7 @@ EngineOptions GeneratorOptions::engine_options(const ModelConfig& config) const 
                                     : WeightFormat::f32;
   o.kv_layout = kv_layout;
   o.batch_invariant = batch_invariant;
+  o.warm_up = warm_up;
   o.kv = kv ? *kv : type == DType::bf16 ? KvFormat::bf16 : type == DType::f16 ? KvFormat::f16 : KvFormat::f32;
   o.context = context == 0 ? config.max_position_embeddings : context;
   o.max_sequences = max_sequences;
@@ -50,9 +51,11 @@ EngineOptions GeneratorOptions::engine_options(const ModelConfig& config) const 
 static std::unique_ptr<EngineCore> make_core(const Model& model, std::optional<Tokenizer> tokenizer,
                                              const EngineOptions& options) {
   const RunnerLimits limits = plan_limits(model.config, options);
+  auto runner = make_runner(model, options, limits);
+  if (options.warm_up) runner->warm_up();
   return std::make_unique<EngineCore>(
-      EngineCore::Setup{options, limits, model.config.vocab_size, model.config.hidden_size},
-      make_runner(model, options, limits), std::move(tokenizer));
+      EngineCore::Setup{options, limits, model.config.vocab_size, model.config.hidden_size}, std::move(runner),
+      std::move(tokenizer));
 }
 
 Generator::Generator(const Model& model, std::optional<Tokenizer> tokenizer, const GeneratorOptions& options)

@@ -58,7 +58,7 @@ struct GeneratorOptions {
   std::optional<WeightFormat> weights;  // none: as the device computes
   std::optional<KvFormat> kv;           // likewise
   KvLayout kv_layout = KvLayout::paged;
-  bool batch_invariant = false;
+  bool batch_invariant = false, warm_up = false;
 
   EngineOptions engine_options(const ModelConfig& config) const;
 };

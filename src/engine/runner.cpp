@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <bit>
 #include <fstream>
 
 #include "base/error.h"
@@ -50,6 +51,13 @@ static int64_t plan_kv_rows(const ModelConfig& config, const EngineOptions& o, i
   return std::min<int64_t>({fit, useful, INT32_MAX});
 }
 
+static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+int64_t step_bucket(int64_t n) {
+  if (n <= 16) return static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(n)));
+  return n <= 128 ? round_up(n, 16) : n <= 512 ? round_up(n, 64) : round_up(n, 256);
+}
+
 RunnerLimits plan_limits(const ModelConfig& config, const EngineOptions& o) {
   RunnerLimits l;
   const int64_t most = config.max_position_embeddings;
@@ -74,6 +82,10 @@ RunnerLimits plan_limits(const ModelConfig& config, const EngineOptions& o) {
   l.max_tok = std::max(step, a_step);
   l.max_seq = o.max_sequences;
   l.max_tok = std::min(l.max_tok, std::max<int64_t>(a_step, o.max_sequences * l.context));
+  if (o.device.on_gpu()) {  // padded steps must fit
+    l.max_out = step_bucket(l.max_out);
+    l.max_tok = std::max(l.max_tok, l.max_out);
+  }
   l.prompt_keys = l.max_tok + l.context;
 
   const bool paged = o.kv_layout == KvLayout::paged, concat = o.kv_layout == KvLayout::concat;

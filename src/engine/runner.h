@@ -70,6 +70,9 @@ class Runner {
 // Keys and values of one token, all layers.
 size_t kv_bytes_per_token(const ModelConfig& config, KvFormat format);
 
+// The size of a GPU's step that holds n tokens: few sizes, so that few graphs and few choices of products serve all.
+int64_t step_bucket(int64_t n);
+
 // What a runner needs to be made for these options: checks them, and sizes the pool from the memory left where
 // kv_tokens is 0. Error naming the option.
 RunnerLimits plan_limits(const ModelConfig& config, const EngineOptions& options);
