@@ -50,10 +50,10 @@ class Bench:
 
     def decode(self, flags, batch, depth, kind="decode"):
         """Tokens a second of one cell, in a process of its own."""
-        model = ["--model", self.args.model] if self.args.model else ["--preset", self.args.preset]
         length = ["--depth", str(depth), "--tokens", "32"] if kind == "decode" else ["--length", str(depth)]
-        out = self.run([self.args.minimind, "bench", kind, *model, "--threads", str(self.args.threads), "--batch", str(batch),
-                        *length, "--rounds", "1", "--json", *flags], ["chrt", "-f", "1"] if self.args.realtime else None)
+        command = [self.args.minimind, "bench", kind, "--model", self.args.model, "--threads", str(self.args.threads),
+                   "--batch", str(batch), *length, "--rounds", "1", "--json", *flags]
+        out = self.run(command, ["chrt", "-f", "1"] if self.args.realtime else None)
         return out["rows"][0]["tokens_per_second"]
 
     def serve(self, flags, load, model=None, sample=None, work=None):
@@ -235,8 +235,8 @@ def kv_error(b):
             for text in [r for r in rows if len(r) > 200][:12]:
                 ids = post(url, "/tokenize", {"content": text, "add_special": True})["tokens"][:384]
                 for at in range(32, len(ids), 4):
-                    answer = post(url, "/v1/completions", {"prompt": ids[:at], "max_tokens": 1, "temperature": 0, "logprobs": 20,
-                                                             "ignore_eos": True})
+                    answer = post(url, "/v1/completions", {"prompt": ids[:at], "max_tokens": 1, "temperature": 0,
+                                                           "logprobs": 20, "ignore_eos": True})
                     target = post(url, "/detokenize", {"tokens": [ids[at]]})["content"]
                     found.append([target, answer["choices"][0]["logprobs"]["top_logprobs"][0]])
             return found
@@ -291,9 +291,9 @@ def speculation(b):
             prompts, temperature = kinds[kind]
             path = pathlib.Path(folder) / "prompts.jsonl"
             path.write_text("".join(json.dumps({"prompt": p}, ensure_ascii=False) + "\n" for p in prompts), encoding="utf-8")
-            level, after = b.serve(["--ngram-draft", k], ["--prompts", str(path), "--output-tokens", "128", "--ignore-eos", "on",
-                                                           "--clients", "1", "--requests", "24", "--temperature", temperature],
-                                   model=b.args.text_model)
+            load = ["--prompts", str(path), "--output-tokens", "128", "--ignore-eos", "on", "--clients", "1", "--requests", "24",
+                    "--temperature", temperature]
+            level, after = b.serve(["--ngram-draft", k], load, model=b.args.text_model)
             return {"tok_s": 1000 / level["tpot_ms"]["mean"], "drafted": after["minimind_draft_tokens_total"],
                     "accepted": after["minimind_accepted_tokens_total"], "steps": after["minimind_engine_steps_total"],
                     "generated": after["minimind_generated_tokens_total"]}
@@ -310,7 +310,8 @@ def make_model(args, folder):
     return str(out)
 
 
-SECTIONS = {f.__name__: f for f in (layouts, memory, batching, prefixes, kv_types, kv_error, block_sizes, invariant, speculation)}
+SECTIONS = {f.__name__: f for f in (layouts, memory, batching, prefixes, kv_types, kv_error, block_sizes, invariant,
+                                    speculation)}
 
 
 def main():

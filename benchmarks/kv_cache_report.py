@@ -30,7 +30,8 @@ def plot(path, commands, series, size="640,300"):
         blocks.append(f"$d{i} << EOD\n" + "\n".join(" ".join(map(str, p)) for p in points) + "\nEOD\n")
         parts.append(f'$d{i} {style} title "{title}"')
     script = (f'set terminal svg size {size} font "sans-serif,12" background "white"\nset output "{path}"\n'
-              "set grid lc rgb '#dddddd'\nset border 3\nset tics nomirror\n" + "".join(blocks) + commands + "\nplot " + ", ".join(parts))
+              "set grid lc rgb '#dddddd'\nset border 3\nset tics nomirror\n" + "".join(blocks) + commands
+              + "\nplot " + ", ".join(parts))
     subprocess.run(["gnuplot"], input=script, text=True, check=True)
     text = re.sub(r"[ \t]+\n", "\n", path.read_text(encoding="utf-8"))
     path.write_text(re.sub(r"\n{2,}", "\n", text), encoding="utf-8")
@@ -52,7 +53,7 @@ def by_depth(section, kinds, img, name, label):
                 + [f"{m[kinds[-1], b, d] / m[k, b, d]:.2f}x" for k in kinds[:-1]] for d in depths]
         out += [f"Batch {b}, tok/s:", ""] + table([label] + kinds + [f"{kinds[-1]} / {k}" for k in kinds[:-1]], rows)
         plot(img / f"kv_{name}_{b}.svg", f"set title 'batch {b}'\nset xlabel 'depth'\nset ylabel 'tok/s'\nset yrange [0:*]\n"
-             "set key bottom left", [(k, lines(i), [(d, m[k, b, d]) for d in depths]) for i, k in enumerate(kinds)], "420,280")
+             "set key top right", [(k, lines(i), [(d, m[k, b, d]) for d in depths]) for i, k in enumerate(kinds)], "420,280")
     out += [" ".join(f"![{name}, batch {b}](img/kv_{name}_{b}.svg)" for b in batches), ""]
     return out, m, batches, depths
 
@@ -69,10 +70,10 @@ def layouts(s, img):
     last, big = depths[-1], batches[-1]
     ratio = {b: m["paged", b, last] / m["concat", b, last] for b in batches}
     against = [m["paged", b, d] / m["preallocated", b, d] for b in batches for d in depths]
-    out += [f"At depth {last} paging is {ratio[batches[0]]:.1f} times as fast as concatenation with one sequence and {ratio[big]:.1f} "
-            f"times with {big}; at depth {depths[0]}, where there is next to nothing to copy, they are equal "
-            f"({m['paged', big, depths[0]] / m['concat', big, depths[0]]:.2f}x with {big}). The block table costs nothing that "
-            f"these runs can tell from noise: paged against preallocated is {min(against):.2f}x to {max(against):.2f}x.", ""]
+    out += [f"At depth {last} paging is {ratio[batches[0]]:.1f} times as fast as concatenation with one sequence and "
+            f"{ratio[big]:.1f} times with {big}; at depth {depths[0]}, where there is next to nothing to copy, with {big} the ratio is "
+            f"{m['paged', big, depths[0]] / m['concat', big, depths[0]]:.2f}. Paged against preallocated, that is the price of the "
+            f"block table, is {min(against):.2f}x to {max(against):.2f}x.", ""]
     return out
 
 
@@ -94,7 +95,8 @@ def memory(s, img):
         samples = s["runs"][k][-1]["samples"]
         series.append((k, f"using 1:2 with lines lw 2 lc rgb '{COLOURS[i]}'",
                        [(round(x[0] - samples[0][0], 2), int(x[1])) for x in samples]))
-    plot(img / "kv_memory.svg", "set xlabel 'seconds'\nset ylabel 'running sequences'\nset yrange [0:*]\nset key top right", series)
+    plot(img / "kv_memory.svg",
+         "set xlabel 'seconds'\nset ylabel 'running sequences'\nset yrange [0:*]\nset key top right", series)
     pre, paged = (med(get(k, "running")) for k in ("preallocated", "paged"))
     share = {k: med(get(k, "used")) / med(get(k, "reserved")) for k in kinds}
     out += ["![Running sequences in the same memory](img/kv_memory.svg)", "",
@@ -139,20 +141,23 @@ def prefixes(s, img):
             rows.append([n, {"off": "`--no-prefix-cache`", "cache": "default"}[c],
                          f"{med(get(n, c, lambda r: r['prompt_tokens_mean'])):.0f}",
                          f"{med(get(n, c, lambda r: r['prompt_tokens_mean'] - r['cached_tokens_mean'])):.0f}",
-                         spread(get(n, c, lambda r: r["ttft_ms"]["p50"]), 1), spread(get(n, c, lambda r: r["ttft_ms"]["p99"]), 1),
+                         spread(get(n, c, lambda r: r["ttft_ms"]["p50"]), 1),
+                         spread(get(n, c, lambda r: r["ttft_ms"]["p99"]), 1),
                          spread(get(n, c, lambda r: r["output_tokens_per_second"]))])
     out = [f"{s['setup']['clients']} clients, prompts of a shared beginning and {s['setup']['own_tokens']} tokens of their own, "
            f"answers of {s['setup']['output_tokens']} tokens, {s['setup']['requests']} requests.", ""]
-    out += table(["shared tokens", "cache", "prompt tokens", "of them computed", "TTFT p50 ms", "TTFT p99 ms", "output tok/s"], rows)
+    out += table(["shared tokens", "cache", "prompt tokens", "of them computed", "TTFT p50 ms", "TTFT p99 ms", "output tok/s"],
+                 rows)
     ttft = {(n, c): med(get(n, c, lambda r: r["ttft_ms"]["p50"])) for n in lengths for c in ("off", "cache")}
     speed = {c: med(get(lengths[-1], c, lambda r: r["output_tokens_per_second"])) for c in ("off", "cache")}
     plot(img / "kv_prefixes.svg", "set xlabel 'shared tokens'\nset ylabel 'TTFT p50, ms'\nset yrange [0:*]\nset key top left",
-         [(t, lines(i), [(n, ttft[n, c]) for n in lengths]) for i, c, t in ((0, "off", "no prefix cache"), (2, "cache", "default"))])
+         [(title, lines(i), [(n, ttft[n, c]) for n in lengths])
+          for i, c, title in ((0, "off", "no prefix cache"), (2, "cache", "default"))])
     n = lengths[-1]
     out += ["![TTFT by shared tokens](img/kv_prefixes.svg)", "",
             f"With {n:,} shared tokens the first token comes {ttft[n, 'off'] / ttft[n, 'cache']:.1f} times sooner and the server "
-            f"gives {speed['cache'] / speed['off']:.1f} times the tokens; without a shared beginning the cache costs nothing "
-            f"to speak of (TTFT {ttft[0, 'cache']:.1f} ms with it, {ttft[0, 'off']:.1f} ms without).", ""]
+            f"gives {speed['cache'] / speed['off']:.1f} times the tokens; without a shared beginning it comes after "
+            f"{ttft[0, 'cache']:.1f} ms with the cache and {ttft[0, 'off']:.1f} ms without.", ""]
     return out
 
 
@@ -163,22 +168,24 @@ def kv_types(s, img):
     more, m, batches, depths = by_depth(s, kinds, img, "types", "depth")
     out += more
     last = depths[-1]
-    out += [f"At depth {last} i8 is {m['i8', batches[-1], last] / m['bf16', batches[-1], last]:.2f} times as fast as bf16 with batch "
-            f"{batches[-1]} and {m['i8', batches[0], last] / m['bf16', batches[0], last]:.2f} times with one sequence; bf16 against f32: "
-            f"{m['bf16', batches[-1], last] / m['f32', batches[-1], last]:.2f} and "
-            f"{m['bf16', batches[0], last] / m['f32', batches[0], last]:.2f}.", ""]
+    ratio = lambda a, c, b: f"{m[a, b, last] / m[c, b, last]:.2f}"
+    one, many = batches[0], batches[-1]
+    out += [f"At depth {last} i8 is {ratio('i8', 'bf16', many)} times as fast as bf16 with batch {many} and "
+            f"{ratio('i8', 'bf16', one)} times with one sequence; bf16 against f32: {ratio('bf16', 'f32', many)} and "
+            f"{ratio('bf16', 'f32', one)}.", ""]
     return out
 
 
 def kv_error(s, img):
     setup, runs = s["setup"], s["runs"]
-    rows = [[k, f"{r['perplexity']:.4f}", f"{r['same_best'] / setup['places']:.1%}", f"{r['mean_shift']:.4f}", f"{r['max_shift']:.4f}"]
-            for k, r in runs.items()]
-    out = [f"The next token of real texts at {setup['places']} places, model {setup['model']}, {setup['weights']} weights. Perplexity over "
-           f"the {setup['known']} places whose true token is among the 20 most probable with all three types (the server tells no "
+    rows = [[k, f"{r['perplexity']:.4f}", f"{r['same_best'] / setup['places']:.1%}", f"{r['mean_shift']:.4f}",
+             f"{r['max_shift']:.4f}"] for k, r in runs.items()]
+    out = [f"The next token of real texts at {setup['places']} places, model {setup['model']}, {setup['weights']} weights. "
+           f"Perplexity over the {setup['known']} places whose true token is among the 20 most probable with all three types (the server tells no "
            "more of them), so it is lower than that of the whole text and good for comparing only.", ""]
-    out += table(["type", "perplexity", "same most probable token as f32", "its log-probability moves by, mean", "at most"], rows)
-    shift = lambda k: f"{runs[k]['perplexity'] / runs['f32']['perplexity'] - 1:+.2%}"
+    out += table(["type", "perplexity", "same most probable token as f32", "its log-probability moves by, mean", "at most"],
+                 rows)
+    shift = lambda k: f"{runs[k]['perplexity'] / runs['f32']['perplexity'] - 1:+.3%}"
     out += [f"Perplexity moves by {shift('bf16')} with bf16 and by {shift('i8')} with i8.", ""]
     return out
 
@@ -189,9 +196,14 @@ def block_sizes(s, img):
     out += table(["block", "tok/s, batch 1", "tok/s, batch 8", "prompt tokens found, mean"],
                  [[k, spread(get(k, "decode 1")), spread(get(k, "decode 8")), f"{med(get(k, 'cached')):.0f} of "
                    f"{med(get(k, 'prompt')):.0f}"] for k in s["runs"]])
-    all8 = [med(get(k, "decode 8")) for k in s["runs"]]
-    out += [f"The medians for batch 8 differ by {max(all8) / min(all8) - 1:.0%} from the slowest to the fastest size. Larger blocks "
-            "find less of a shared beginning, as only full blocks are shared, and leave more of their last block empty.", ""]
+    told = []
+    for f, batch in (("decode 1", "batch 1"), ("decode 8", "batch 8")):
+        values = [get(k, f) for k in s["runs"]]
+        slow, fast = min(values, key=med), max(values, key=med)
+        told.append(f"{batch}: the medians differ by {med(fast) / med(slow) - 1:.0%}, "
+                    + ("less than the rounds of one size" if max(slow) >= min(fast) else "more than the rounds of one size"))
+    out += ["From the slowest to the fastest size, " + "; ".join(told) + ". Larger blocks find less of a shared beginning, as only "
+            "full blocks are shared, and leave more of their last block empty.", ""]
     return out
 
 
@@ -199,7 +211,9 @@ def invariant(s, img):
     runs, rows, cost = s["runs"], [], {}
     for key in [k[4:] for k in runs if k.startswith("off|")]:
         kind, batch = key.split("|")
-        what = f"decode, batch {batch}, depth {s['setup']['depth']}" if kind == "decode" else f"prefill of {s['setup']['length']} tokens"
+        what = f"prefill of {s['setup']['length']} tokens"
+        if kind == "decode":
+            what = f"decode, batch {batch}, depth {s['setup']['depth']}"
         cost[what] = med(runs[f"on|{key}"]) / med(runs[f"off|{key}"])
         rows.append([what, spread(runs[f"off|{key}"]), spread(runs[f"on|{key}"]), f"{cost[what]:.2f}x"])
     out = table(["", "default tok/s", "`--batch-invariant` tok/s", "ratio"], rows)
@@ -218,11 +232,12 @@ def speculation(s, img):
         for k in ks:
             drafted, accepted = med(get(f"{t}|{k}", "drafted")), med(get(f"{t}|{k}", "accepted"))
             steps, generated = med(get(f"{t}|{k}", "steps")), med(get(f"{t}|{k}", "generated"))
-            rows.append([t, k if k != "0" else "off", f"{accepted / drafted:.0%}" if drafted else "-", f"{generated / steps:.2f}",
-                         spread(get(f"{t}|{k}", "tok_s")), f"{speed[t, k] / speed[t, '0']:.2f}x"])
+            rows.append([t, k if k != "0" else "off", f"{accepted / drafted:.0%}" if drafted else "-",
+                         f"{generated / steps:.2f}", spread(get(f"{t}|{k}", "tok_s")), f"{speed[t, k] / speed[t, '0']:.2f}x"])
     out = [f"Model {setup['model']}, one client, answers of {setup['output_tokens']} tokens, {setup['requests']} requests.", ""]
     out += table(["text", "`--ngram-draft`", "accepted of proposed", "tokens a step", "tok/s", "against off"], rows)
-    plot(img / "kv_speculation.svg", "set xlabel 'tokens proposed at most'\nset ylabel 'tok/s'\nset yrange [0:*]\nset key bottom right",
+    plot(img / "kv_speculation.svg",
+         "set xlabel 'tokens proposed at most'\nset ylabel 'tok/s'\nset yrange [0:*]\nset key bottom right",
          [(t, lines(i), [(k, speed[t, k]) for k in ks]) for i, t in enumerate(kinds)])
     out += ["![Speed by tokens proposed](img/kv_speculation.svg)", ""]
     for t in kinds:
@@ -237,7 +252,8 @@ def machine(data):
     loads = [x for s in sections for x in s.get("load_average", [])]
     rounds = sorted({s["rounds"] for s in sections if "rounds" in s})
     out = table(["what", "value"], [
-        ["processor", m["processor"]], ["cores, of them used by each run", f"{m['cores']}, {m['threads']}"], ["model", m["model"]],
+        ["processor", m["processor"]], ["cores, of them used by each run", f"{m['cores']}, {m['threads']}"],
+        ["model (for speculation and the error of types see there)", m["model"]],
         ["weights, keys and values", "bf16, bf16 where nothing else is said"], ["rounds", ", ".join(map(str, rounds))],
         ["date", max(s["date"] for s in sections if "date" in s)], ["checkout", m["version"]],
         ["load average before the rounds", f"{min(loads):.1f} - {max(loads):.1f}"]])
