@@ -94,9 +94,10 @@ TEST_F(CudaEngine, Bf16AndInt8StayNearTheCpu) {
         o.reuse_prefix = false;  // a cached beginning is computed another way, which rounds otherwise
         Generator g(*model, std::nullopt, o);
         GeneratorOptions cpu = options({}, places);
+        cpu.weights = weights == WeightFormat::i8 ? WeightFormat::i8 : WeightFormat::f32;
         Generator reference(*model, std::nullopt, cpu);
         std::vector<GenerateRequest> requests;
-        for (int64_t i = 0; i < places; i++) {
+        for (int64_t i = 0; i < 16; i++) {
           GenerateRequest r;
           r.prompt = some_prompt(60 + i, 512, i);
           r.max_new_tokens = 24;
@@ -111,7 +112,7 @@ TEST_F(CudaEngine, Bf16AndInt8StayNearTheCpu) {
           for (size_t t = 0; t < expected[i].ids.size() && got[i].ids[t] == expected[i].ids[t]; t++, n++)
             difference += std::abs(static_cast<double>(got[i].logprobs[t] - expected[i].logprobs[t]));
         }
-        EXPECT_GE(n, places);  // at least the first tokens agree on average
+        EXPECT_GE(n, 32);  // of 16 texts of 24 tokens: the longest common beginnings
         EXPECT_LT(difference / static_cast<double>(n), weights == WeightFormat::i8 || kv == KvFormat::i8 ? 0.1 : 0.03);
         EXPECT_EQ(g.run(requests)[0].ids, got[0].ids);  // the same bits again
       }

@@ -65,8 +65,11 @@ std::unique_ptr<Sequence> Scheduler::take(std::vector<std::unique_ptr<Sequence>>
 void Scheduler::admit(double now) {
   if (options_.static_batch && !running_.empty()) return;
   int64_t places = options_.max_sequences;
-  for (const auto& s : running_) places -= 1 + s->n_fork;
-  int64_t promised = 0;  // rows of sequences admitted here, which they do not hold yet
+  int64_t promised = 0;  // rows that admitted sequences do not hold yet
+  for (const auto& s : running_) {
+    places -= 1 + s->n_fork;
+    promised += std::max<int64_t>(0, kv_.rows_for(s->n_known() + 1) - s->rows.n_row);
+  }
   while (!waiting_.empty()) {
     Sequence& s = *waiting_[best_waiting(now)];
     if (1 + s.n_fork > places) return;

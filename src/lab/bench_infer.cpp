@@ -94,7 +94,9 @@ EngineOptions fitting(const InferBenchOptions& o, const ModelConfig& config, int
   e.max_sequences = std::max(e.max_sequences, batch);
   e.queue_limit = std::max(e.queue_limit, batch);
   // Of what the sequences need and a block each, not of free memory: other programs run here too.
-  if (e.kv_tokens == 0) e.kv_tokens = (wanted + 2 * e.block_size) * batch;
+  // Concatenation needs the new run beside the old one, and room between runs.
+  const int64_t runs = e.kv_layout == KvLayout::concat ? 3 : 1;
+  if (e.kv_tokens == 0) e.kv_tokens = runs * (wanted + 2 * e.block_size) * batch;
   e.prefix_cache = false;
   return e;
 }

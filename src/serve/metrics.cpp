@@ -97,7 +97,7 @@ std::string Metrics::text(const EngineStats& s, std::span<const std::pair<std::s
   counter("minimind_requests_timed_out_total", "Choices past their deadline.", s.n_timed_out);
   counter("minimind_requests_failed_total", "Choices ended by an error of the engine.", s.n_failed);
   counter("minimind_preemptions_total", "Sequences put back for want of blocks.", s.n_preempted);
-  counter("minimind_prompt_tokens_total", "Prompt tokens of started requests.", s.prompt_tokens);
+  counter("minimind_prompt_tokens_total", "Prompt tokens of ended requests, counted by the engine.", s.prompt_tokens);
   counter("minimind_prefix_hit_tokens_total", "Of them, found in the prefix cache.", s.cached_tokens);
   counter("minimind_generated_tokens_total", "Tokens generated.", s.generated_tokens);
   counter("minimind_draft_tokens_total", "Tokens proposed by speculation.", s.draft_tokens);
