@@ -34,6 +34,8 @@ void set_num_threads(int n) {
   omp_set_num_threads(g_threads);
 }
 
+void release_team() { (void)omp_pause_resource_all(omp_pause_soft); }
+
 namespace detail {
 
 void run_team(void (*fn)(void*, int, int), void* ctx) {
@@ -60,6 +62,7 @@ void run_team(void (*fn)(void*, int, int), void* ctx) {
 #else  // built without OpenMP (fuzzers): everything runs on the calling thread
 
 void set_num_threads(int) { g_threads = 1; }
+void release_team() {}
 
 namespace detail {
 void run_team(void (*fn)(void*, int, int), void* ctx) { fn(ctx, 0, 1); }

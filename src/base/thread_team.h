@@ -11,6 +11,11 @@ namespace mm {
 int num_threads();
 void set_num_threads(int n);  // 0: all cores this process may use. Call before parallel work starts.
 
+// Ends the waiting threads of the calling thread's team; its next parallel work makes them again. For a thread that
+// hands parallel work over to another one: with more threads than cores, idle ones counted, libgomp lets all of them
+// sleep at once between regions (a step of decoding took 406 us instead of 290).
+void release_team();
+
 namespace detail {
 void run_team(void (*fn)(void* ctx, int thread, int n_threads), void* ctx);
 void run_dynamic(int64_t n, void (*fn)(void* ctx, int64_t i, int thread), void* ctx);

@@ -9,6 +9,7 @@
 #include "base/error.h"
 #include "base/log.h"
 #include "base/progress.h"
+#include "base/thread_team.h"
 #include "engine/engine_core.h"
 
 namespace mm {
@@ -119,6 +120,7 @@ Engine::Engine(const Model& model, std::optional<Tokenizer> tokenizer, const Eng
   const int64_t unit = options.kv_layout == KvLayout::paged ? options.block_size : limits.context;
   e.description = fmt::format("{}, {} cache of {} x {} tokens", e.core->runner().description(),
                               kv_layout_name(options.kv_layout), limits.n_row / unit, unit);
+  release_team();  // from here on the engine's thread computes
   e.thread = std::thread([&e] { e.run(); });
 }
 
