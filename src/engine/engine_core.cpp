@@ -484,7 +484,7 @@ BlockMap EngineCore::block_map() {
     map.cached = pool->cached_blocks();
   }
   scheduler_.for_each([&](Sequence& s, bool running) {
-    map.owners.push_back({s.request_id, s.choice, s.rows.blocks, s.n_total(), running});
+    map.owners.push_back({s.request_id, s.choice, s.rows.blocks, s.n_computed, running});
   });
   return map;
 }

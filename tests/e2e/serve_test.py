@@ -1,5 +1,6 @@
 """`minimind serve` as its clients see it: the unmodified openai library, browsers' rules, TLS, signals, and hostile peers."""
 import asyncio
+import concurrent.futures
 import base64
 import contextlib
 import json
@@ -448,7 +449,7 @@ def test_health_metrics_and_blocks(server, client):
     stream = chat(client, stream=True, max_tokens=200, extra_body={"ignore_eos": True})
     next(iter(stream))
     owners = server.get("/debug/blocks").json()["owners"]
-    assert all(len(o["blocks"]) * blocks["block_size"] >= o["n_tok"] > 0 for o in owners)
+    assert all(len(o["blocks"]) * blocks["block_size"] >= o["n_tok"] for o in owners)
     stream.close()
 
 
@@ -511,7 +512,8 @@ def test_many_clients(server):
                 text += (chunk.choices[0].delta.content or "") if chunk.choices else ""
             return text
         return await asyncio.gather(*(one(i) for i in range(48)))
-    texts = asyncio.run(run())
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # other tests of this process may keep a loop in this thread
+        texts = pool.submit(asyncio.run, run()).result()
     for seed in range(4):  # the seed decides, not the company
         assert len({t for i, t in enumerate(texts) if i % 4 == seed}) == 1
 
@@ -722,7 +724,7 @@ def test_the_drain_has_an_end(model):
 def test_a_second_signal_ends_at_once(model):
     server = Server(model)
     with server.connect() as s:
-        body = json.dumps({"messages": HI, "stream": True, "max_tokens": 2000, "ignore_eos": True, "n": 16})
+        body = json.dumps({"messages": HI, "stream": True, "max_tokens": 2000, "ignore_eos": True, "n": 64})
         s.sendall(f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
         s.recv(1000)
         server.process.send_signal(signal.SIGINT)
