@@ -28,11 +28,9 @@ static CpuFeatures detect() {
   f.avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   f.avx512 = f.avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  f.avx512_bf16 = f.avx512 && __builtin_cpu_supports("avx512bf16") &&
-                  __builtin_cpu_supports("avx512vnni");
+  f.avx512_bf16 = f.avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
   unsigned a = 0, b = 0, c = 0, d = 0;
-  if (f.avx512_bf16 && __get_cpuid_count(7, 0, &a, &b, &c, &d)) 
-    f.amx_bf16 = ((d >> 22) & 1u) != 0 && allow_tiles();
+  if (f.avx512_bf16 && __get_cpuid_count(7, 0, &a, &b, &c, &d)) f.amx_bf16 = ((d >> 22) & 1u) != 0 && allow_tiles();
 #endif
   std::ifstream in("/proc/cpuinfo");
   for (std::string line; std::getline(in, line);) {

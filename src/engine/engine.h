@@ -41,7 +41,7 @@ struct BlockMap {
     uint64_t request = 0;
     int choice = 0;
     std::vector<int32_t> blocks;  // in order of the sequence
-    int64_t n_tok = 0;  // whose keys lie there
+    int64_t n_tok = 0;            // whose keys lie there
     bool running = false;
   };
   int64_t n_block = 0, block_size = 0;

@@ -1,6 +1,6 @@
-// The whole model's step over a batch of tokens with paged keys and values, as inference runs it: what the fused CPU step
-// (cpu/infer*.cpp) and the persistent GPU kernel (cuda/decode_persistent.cu) take. Raw pointers and sizes; whoever fills
-// these structs has checked them (model/infer_weights.h, engine/runner.h).
+// The whole model's step over a batch of tokens with paged keys and values, as inference runs it: what the fused CPU
+// step (cpu/infer*.cpp) and the persistent GPU kernel (cuda/decode_persistent.cu) take. Raw pointers and sizes; whoever
+// fills these structs has checked them (model/infer_weights.h, engine/runner.h).
 #pragma once
 
 #include <cstddef>

@@ -7,7 +7,8 @@
 namespace mm {
 
 // Penalties, biases: one change of one logit. Applied in this order to the raw logit x:
-//   x = x > 0 ? x / repetition : x * repetition where `seen`; x -= presence + frequency * count where count > 0; x += bias
+//   x = x > 0 ? x / repetition : x * repetition where `seen`; x -= presence + frequency * count where count > 0; x +=
+//   bias
 struct LogitEdit {
   int32_t id = 0;
   int32_t seen = 0;   // 1: in the prompt or generated

@@ -74,8 +74,8 @@ const StagedBatch& BatchStage::stage(const Device& dev, const TokenBatch& b, con
 
 static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-void BatchStage::stage_on_gpu(const Device& dev, const TokenBatch& b, const KvCache::Plan* cache, std::span<const float> g,
-                              float share, bool bucketed) {
+void BatchStage::stage_on_gpu(const Device& dev, const TokenBatch& b, const KvCache::Plan* cache,
+                              std::span<const float> g, float share, bool bucketed) {
   constexpr int64_t pad_len = tile_rows;
   const int64_t real = b.n_tok();
   MM_CHECK(real <= max_tok_, "{} tokens, planned for {}", real, max_tok_);

@@ -92,7 +92,7 @@ struct InferKernels {
   // The same two for one token and up to 4 heads, with another order of sums; or null.
   void (*attend_few)(const AttendArgs& a);
   void (*attend_few_bf16)(const AttendArgs& a);
-  void (*begin_thread)();                    // before the first kernel on a thread of a step, e.g. tile configuration
+  void (*begin_thread)();  // before the first kernel on a thread of a step, e.g. tile configuration
   void (*end_thread)();
 
   int64_t few_rows_i8, few_rows_bf16;  // up to so many rows "few" is the faster product
