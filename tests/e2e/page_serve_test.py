@@ -14,7 +14,8 @@ def model(trained):
 
 @pytest.fixture(scope="module")
 def minimind_server(model):
-    with serving(model) as made:
+    # Slow on purpose: an answer must still run when it is stopped.
+    with serving(model, "--weights", "f32", "--kv-type", "f32", "--batch-invariant") as made:
         yield made
 
 

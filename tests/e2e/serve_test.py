@@ -722,7 +722,8 @@ def test_the_drain_has_an_end(model):
 
 
 def test_a_second_signal_ends_at_once(model):
-    server = Server(model)
+    # Slow on purpose: requests must still run when the second signal comes.
+    server = Server(model, "--weights", "f32", "--kv", "concat", "--batch-invariant")
     with server.connect() as s:
         body = json.dumps({"messages": HI, "stream": True, "max_tokens": 2000, "ignore_eos": True, "n": 64})
         s.sendall(f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
