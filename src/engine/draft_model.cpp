@@ -30,11 +30,6 @@ void DraftModel::release(const Sequence& s) {
   states_.erase(it);
 }
 
-void DraftModel::update(const Model& model) {
-  MM_CHECK(states_.empty());
-  runner_->update(model);
-}
-
 void DraftModel::check(int64_t n_sequence) const {
   kv_.check();
   MM_CHECK(static_cast<int64_t>(states_.size()) <= n_sequence);

@@ -22,7 +22,6 @@ class DraftModel {
   // sequence must lie below the context.
   void propose(std::span<Sequence* const> sequences, int64_t k);
   void release(const Sequence& sequence);  // it ended, or waits again
-  void update(const Model& model);         // other weights; no sequence may be held
   void check(int64_t n_sequence) const;    // MM_CHECKs that at most so many are held; for tests
 
  private:

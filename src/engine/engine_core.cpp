@@ -134,13 +134,17 @@ void EngineCore::end(Sequence& s, FinishReason reason, EngineEvent& event) {
     totals_.prompt_tokens += s.n_prompt;
     totals_.cached_tokens += event.cached_tokens;
   }
+  count_end(reason);
+}
+
+void EngineCore::count_end(FinishReason reason) {
   totals_.n_finished += reason == FinishReason::stop || reason == FinishReason::length;
   totals_.n_cancelled += reason == FinishReason::cancelled;
   totals_.n_timed_out += reason == FinishReason::timeout;
   totals_.n_failed += reason == FinishReason::error;
 }
 
-// Ends a sequence from outside its own tokens.
+// What the decoder and the stop strings hold back.
 static void close_text(Choice& c, EngineEvent& event) {
   if (c.decoder && c.stops) event.text += c.stops->push(c.decoder->flush()) + c.stops->flush();
 }
@@ -151,70 +155,54 @@ void EngineCore::forget(Sequence& s) {
   scheduler_.finish(s);
 }
 
-void EngineCore::fail(Sequence& s, const std::string& error) {
+// Ends a sequence from outside its own tokens, with the choices that were never split off from it.
+void EngineCore::stop(Sequence& s, FinishReason reason, const std::string& error) {
   EngineEvent event;
   event.error = error;
-  end(s, FinishReason::error, event);
+  if (error.empty()) close_text(choice_of(s), event);
+  end(s, reason, event);
+  const auto sink = s.request->sink;
+  std::vector<EngineEvent> events(static_cast<size_t>(s.n_fork));
+  for (size_t i = 0; i < events.size(); i++) {
+    events[i].choice = s.choice + 1 + static_cast<int>(i);
+    events[i].error = error;
+    events[i].finished = true;
+    events[i].finish = reason;
+    events[i].prompt_tokens = event.prompt_tokens;
+    events[i].queue_seconds = event.queue_seconds;
+    events[i].total_seconds = event.total_seconds;
+    count_end(reason);
+  }
+  s.n_fork = 0;
+  event.choice = s.choice;
   forget(s);
-  send(s, std::move(event));
+  if (!sink) return;
+  sink(std::move(event));
+  for (EngineEvent& e : events) sink(std::move(e));
 }
 
-void EngineCore::cancel(uint64_t id) {
+void EngineCore::stop_all(FinishReason reason, const std::string& error,
+                          const std::function<bool(const Sequence&)>& which) {
   scheduler_.for_each([&](Sequence& s, bool) {
-    if (s.request_id != id) return;
-    // Choices that were never split off end with it.
-    for (int i = 0; i <= s.n_fork; i++) {
-      EngineEvent event;
-      if (i == 0) close_text(choice_of(s), event);
-      end(s, FinishReason::cancelled, event);
-      if (i > 0) event.completion_tokens = 0;
-      event.choice = s.choice + i;
-      if (s.request->sink) s.request->sink(std::move(event));
-    }
-    s.n_fork = 0;
-    forget(s);
+    if (!s.finished && which(s)) stop(s, reason, error);
   });
 }
 
+void EngineCore::cancel(uint64_t id) {
+  stop_all(FinishReason::cancelled, "", [&](const Sequence& s) { return s.request_id == id; });
+}
+
 void EngineCore::cancel_all() {
-  std::vector<uint64_t> ids;
-  scheduler_.for_each([&](Sequence& s, bool) { ids.push_back(s.request_id); });
-  for (const uint64_t id : ids) cancel(id);
+  stop_all(FinishReason::cancelled, "", [](const Sequence&) { return true; });
 }
 
 void EngineCore::fail_all(const std::string& error) {
   flying_.clear();  // their results will never come
-  std::vector<Sequence*> all;
-  scheduler_.for_each([&](Sequence& s, bool) { all.push_back(&s); });
-  for (Sequence* s : all) {
-    for (int i = s->n_fork; i > 0; i--) {
-      EngineEvent event;
-      event.error = error;
-      end(*s, FinishReason::error, event);
-      event.choice = s->choice + i;
-      if (s->request->sink) s->request->sink(std::move(event));
-    }
-    s->n_fork = 0;
-    fail(*s, error);
-  }
+  stop_all(FinishReason::error, error, [](const Sequence&) { return true; });
 }
 
 void EngineCore::expire(double now) {
-  std::vector<Sequence*> late;
-  scheduler_.for_each([&](Sequence& s, bool) {
-    if (s.deadline > 0 && now > s.deadline) late.push_back(&s);
-  });
-  for (Sequence* s : late) {
-    for (int i = 0; i <= s->n_fork; i++) {
-      EngineEvent event;
-      if (i == 0) close_text(choice_of(*s), event);
-      end(*s, FinishReason::timeout, event);
-      event.choice = s->choice + i;
-      if (s->request->sink) s->request->sink(std::move(event));
-    }
-    s->n_fork = 0;
-    forget(*s);
-  }
+  stop_all(FinishReason::timeout, "", [&](const Sequence& s) { return s.deadline > 0 && now > s.deadline; });
 }
 
 void EngineCore::propose_drafts() {
@@ -351,7 +339,7 @@ void EngineCore::take_rows(StepItem& item, const StepPlan& plan, const StepResul
       const int64_t row = item.first_row + static_cast<int64_t>(i);
       if (all[i]->finished) continue;  // cancelled by a sink
       if (drawn(row) < 0) {
-        fail(*all[i], broken);
+        stop(*all[i], FinishReason::error, broken);
         continue;
       }
       EngineEvent event;
@@ -370,7 +358,7 @@ void EngineCore::take_rows(StepItem& item, const StepPlan& plan, const StepResul
     const int32_t id = drawn(item.first_row + i);
     if (id < 0) {
       if (taken > 0) send(s, std::move(event));
-      fail(s, broken);
+      stop(s, FinishReason::error, broken);
       return;
     }
     more = take_token(s, id, logits_of(item.first_row + i), event);
@@ -407,7 +395,7 @@ void EngineCore::take_hidden(StepItem& item, const StepPlan&, const StepResult& 
   for (const double x : c.pooled) norm += x * x;
   norm = std::sqrt(norm);
   if (!std::isfinite(norm)) {
-    fail(s, "the model's hidden states are not finite; its weights or its run are broken");
+    stop(s, FinishReason::error, "the model's hidden states are not finite; its weights or its run are broken");
     return;
   }
   EngineEvent event;

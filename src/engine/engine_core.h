@@ -3,6 +3,7 @@
 #pragma once
 
 #include <deque>
+#include <functional>
 #include <map>
 #include <memory>
 #include <optional>
@@ -71,7 +72,9 @@ class EngineCore {
   bool take_token(Sequence& s, int32_t id, const float* logits, EngineEvent& event);
   void end(Sequence& s, FinishReason reason, EngineEvent& event);
   void forget(Sequence& s);  // it has ended
-  void fail(Sequence& s, const std::string& error);
+  void count_end(FinishReason reason);
+  void stop(Sequence& s, FinishReason reason, const std::string& error);
+  void stop_all(FinishReason reason, const std::string& error, const std::function<bool(const Sequence&)>& which);
   void send(const Sequence& s, EngineEvent&& event);
   void expire(double now);
   void start_choice(const Sequence& s);
