@@ -39,7 +39,8 @@ static std::vector<std::string> read_flags(const std::string& path, const std::v
     const bool has = std::any_of(given.begin(), given.end(),
                                  [&](const std::string& arg) { return arg == flag || arg.rfind(flag + "=", 0) == 0; });
     if (has) continue;
-    for (const std::string& value : item.inputs) flags.push_back(flag + "=" + value);
+    flag += '=';
+    for (const std::string& value : item.inputs) flags.push_back(flag + value);
   }
   return flags;
 }

@@ -23,7 +23,8 @@ CpuRunner::CpuRunner(const Model& model, const EngineOptions& options, const Run
       samplers_(static_cast<size_t>(num_threads())) {}
 
 static void copy_rows(const InferModel& m, const InferKv& kv, const RowCopy& c) {
-  const auto width = static_cast<size_t>(m.n_kv_head * m.d_head), size = kv_element_bytes(kv.format);
+  const size_t width = static_cast<size_t>(m.n_kv_head) * static_cast<size_t>(m.d_head);
+  const size_t size = kv_element_bytes(kv.format);
   const auto n = static_cast<size_t>(c.count), from = static_cast<size_t>(c.from), to = static_cast<size_t>(c.to);
   for (int64_t l = 0; l < m.n_layer; l++) {
     const auto base = static_cast<size_t>(l * kv.layer_stride);

@@ -15,9 +15,9 @@ static KvSpace make_space(const EngineCore::Setup& s) {
                  s.options.prefix_cache);
 }
 
-EngineCore::EngineCore(Setup setup, std::unique_ptr<Runner> runner, std::optional<Tokenizer> tokenizer,
+EngineCore::EngineCore(const Setup& setup, std::unique_ptr<Runner> runner, std::optional<Tokenizer> tokenizer,
                        std::unique_ptr<DraftModel> draft)
-    : setup_(std::move(setup)),
+    : setup_(setup),
       runner_(std::move(runner)),
       tokenizer_(std::move(tokenizer)),
       draft_(std::move(draft)),

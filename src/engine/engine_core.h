@@ -39,7 +39,7 @@ class EngineCore {
     RunnerLimits limits;
     int64_t n_vocab = 0, d_model = 0;
   };
-  EngineCore(Setup setup, std::unique_ptr<Runner> runner, std::optional<Tokenizer> tokenizer,
+  EngineCore(const Setup& setup, std::unique_ptr<Runner> runner, std::optional<Tokenizer> tokenizer,
              std::unique_ptr<DraftModel> draft = nullptr);
   ~EngineCore();
 

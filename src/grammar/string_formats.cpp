@@ -1,5 +1,7 @@
 #include "grammar/string_formats.h"
 
+#include <fmt/format.h>
+
 #include <map>
 #include <string>
 
@@ -28,7 +30,7 @@ std::map<std::string, std::string, std::less<>> make_formats() {
   const std::string h = "[0-9a-fA-F]{1,4}";
   std::string ipv6 = "(?:" + h + ":){7}" + h + "|(?:" + h + ":){1,7}:|:(?::" + h + "){1,7}|::";
   for (int left = 1; left <= 6; left++)
-    ipv6 += "|(?:" + h + ":){" + std::to_string(left) + "}(?::" + h + "){1," + std::to_string(7 - left) + "}";
+    ipv6 += fmt::format("|(?:{0}:){{{1}}}(?::{0}){{1,{2}}}", h, left, 7 - left);
   const std::string path = "[A-Za-z0-9._~!$&'()*+,;=:@/-]", escaped = "%[0-9A-Fa-f]{2}";
   const std::string text = "(?:" + path + "|" + escaped + ")*", query = "(?:" + path + "|[?]|" + escaped + ")*";
   return {

@@ -96,7 +96,7 @@ std::shared_ptr<const Grammar> call_grammar(const ordered_json& tool, const std:
 std::shared_ptr<const Grammar> one_call_of(const ordered_json& tools) {
   std::vector<std::shared_ptr<const Grammar>> calls;
   for (size_t i = 0; i < tools.size(); i++) calls.push_back(call_grammar(tools[i], fmt::format("tools[{}]", i)));
-  return calls.size() == 1 ? calls[0] : Grammar::alternatives(std::move(calls));
+  return calls.size() == 1 ? calls[0] : Grammar::alternatives(calls);
 }
 
 Tools read_tools(Fields& fields) {
