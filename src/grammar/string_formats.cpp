@@ -29,8 +29,7 @@ std::map<std::string, std::string, std::less<>> make_formats() {
   const std::string ipv4 = "(?:" + byte + "\\.){3}" + byte;
   const std::string h = "[0-9a-fA-F]{1,4}";
   std::string ipv6 = "(?:" + h + ":){7}" + h + "|(?:" + h + ":){1,7}:|:(?::" + h + "){1,7}|::";
-  for (int left = 1; left <= 6; left++)
-    ipv6 += fmt::format("|(?:{0}:){{{1}}}(?::{0}){{1,{2}}}", h, left, 7 - left);
+  for (int left = 1; left <= 6; left++) ipv6 += fmt::format("|(?:{0}:){{{1}}}(?::{0}){{1,{2}}}", h, left, 7 - left);
   const std::string path = "[A-Za-z0-9._~!$&'()*+,;=:@/-]", escaped = "%[0-9A-Fa-f]{2}";
   const std::string text = "(?:" + path + "|" + escaped + ")*", query = "(?:" + path + "|[?]|" + escaped + ")*";
   return {
