@@ -36,7 +36,7 @@ test-peers: build .venv/peers.done ## compare with torch and transformers (a lar
 
 debug-test: setup ## the unit tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	@scripts/build.sh debug $(JOBS) unit_tests
-	@python3 tests/run.py --build build/debug --gtest
+	@python3 tests/run.py --build build/debug --gtest --parallel 2
 
 fuzz: setup-dev ## every libFuzzer target for FUZZ_SECONDS=10 each
 	@scripts/build.sh fuzz $(JOBS)

@@ -44,13 +44,15 @@ class Counts:
         return len(self.failed) - failed_before
 
 
-def run_gtests(build, results, counts):
+def run_gtests(build, results, counts, parallel):
     listing = results / "ctest.xml"
     # What the program sets for itself (cli/main.cpp), so that tests do not crawl on a busy machine.
     env = {"GOMP_SPINCOUNT": "10000", **os.environ, "GTEST_OUTPUT": f"xml:{results}/", "GTEST_BRIEF": "1",
            "GTEST_COLOR": "no"}
-    code = subprocess.run(["ctest", "--test-dir", build, "--output-on-failure", "--output-junit", listing],
-                          env=env, stdin=subprocess.DEVNULL).returncode
+    if parallel > 1:  # they share the machine: together no more threads than cores
+        env.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // parallel)))
+    code = subprocess.run(["ctest", "--test-dir", build, "--parallel", str(parallel), "--output-on-failure",
+                           "--output-junit", listing], env=env, stdin=subprocess.DEVNULL).returncode
     try:
         programs = list(ET.parse(listing).getroot().iter("testcase"))
     except (OSError, ET.ParseError):
@@ -80,6 +82,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--build", default="build/release", help="build folder")
     parser.add_argument("--gtest", action="store_true", help="run the test programs of the build folder")
+    parser.add_argument("--parallel", type=int, default=1, metavar="N", help="test programs at a time (1)")
     parser.add_argument("--pytest", nargs="*", default=[], metavar="PATH", help="Python test files or folders")
     args = parser.parse_args()
     build = (ROOT / args.build).resolve()
@@ -88,7 +91,7 @@ def main():
     results.mkdir(parents=True)
     counts = Counts()
     if args.gtest:
-        run_gtests(build, results, counts)
+        run_gtests(build, results, counts, args.parallel)
     if args.pytest:
         run_pytest(args.pytest, results, counts, build / "minimind")
     for line in counts.skipped:
