@@ -93,6 +93,25 @@ void CpuRunner::submit(const StepBatch& b) {
   }
 }
 
+// A prompt that fills a step: the first one finds all memory missing (with 26M, INT8: 15 to 70 ms instead of 2.5). Its
+// keys lie in rows that no sequence has yet.
+void CpuRunner::warm_up() {
+  const int64_t n = std::min({limits_.max_tok, limits_.context, limits_.n_row});
+  StepBatch b;
+  for (int32_t i = 0; i < n; i++) {
+    b.ids.push_back(0);
+    b.positions.push_back(i);
+    b.slots.push_back(i);
+  }
+  b.cu.push_back(static_cast<int32_t>(n));
+  b.kv_len = {static_cast<int32_t>(n)};
+  b.tables = {{0}};
+  b.block_shift = 30;  // one block of all rows
+  b.out_rows = {static_cast<int32_t>(n - 1)};
+  b.sampling.emplace_back();
+  submit(b);
+}
+
 void CpuRunner::collect(StepResult& result) { std::swap(result, result_); }
 
 std::string CpuRunner::description() const {

@@ -12,6 +12,7 @@ class CpuRunner final : public Runner {
   CpuRunner(const Model& model, const EngineOptions& options, const RunnerLimits& limits);
   void submit(const StepBatch& batch) override;
   void collect(StepResult& result) override;
+  void warm_up() override;
   std::string description() const override;
   void update(const Model& model) override { weights_.update(model); }
 

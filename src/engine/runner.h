@@ -61,7 +61,8 @@ class Runner {
   virtual int depth() const { return 1; }
   virtual void submit(const StepBatch& batch) = 0;
   virtual void collect(StepResult& result) = 0;  // of the oldest step; waits
-  // Does once, without any sequence, what the first step of every size does more slowly (choice of kernels, graphs).
+  // Does once, without any sequence, what the first step of every size does more slowly (memory, choice of kernels,
+  // graphs).
   virtual void warm_up() {}
   virtual std::string description() const = 0;  // "cpu, 4 threads, bf16 weights, bf16 keys and values"
   virtual void update(const Model& model) = 0;  // other weights of the same shape; no step may be under way
