@@ -489,7 +489,7 @@ struct FewCase {
   int64_t m, n, k;
 };
 
-void check_few(const FewCase& c) {
+void check_few(const FewCase& c, bool wide = false) {
   const std::string what = std::string(dtype_name(c.t)) + (c.int8 ? " int8" : "") + (c.norm ? " norm" : "") +
                            (c.residual ? " residual" : "") + (c.swiglu ? " swiglu" : "") + " m " + std::to_string(c.m) +
                            " n " + std::to_string(c.n) + " k " + std::to_string(c.k);
@@ -512,8 +512,9 @@ void check_few(const FewCase& c) {
                              .m = c.m,
                              .n = c.n,
                              .k = c.k};
-  ASSERT_TRUE(cuda::linear_few_fits(c.t, a)) << what;
-  cuda::linear_few(context(), c.t, a);
+  ASSERT_TRUE(wide ? cuda::linear_wide_fits(context(), c.t, a) : cuda::linear_few_fits(c.t, a)) << what;
+  if (wide) cuda::linear_wide(context(), c.t, a);
+  else cuda::linear_few(context(), c.t, a);
   const std::vector<float> got = decode(c.t, y_d.get());
   std::vector<double> want;
   std::vector<float> some;
@@ -559,6 +560,22 @@ TEST_F(CudaInfer, FewLinear) {
         check_few({t, int8, false, true, false, m, 768, 2432});
         check_few({t, int8, true, false, true, m, 4864, 768});
       }
+    }
+  }
+}
+
+TEST_F(CudaInfer, WideLinear) {
+  if (context().arch != 90) GTEST_SKIP() << "NOT TESTED: no Hopper";
+  for (const DType t : {bf16, f16}) {
+    for (const int64_t m : {1, 33, 64, 65, 96, 100, 128}) {
+      check_few({t, false, false, m % 2 == 0, false, m, 56, 64}, true);
+      check_few({t, false, true, true, false, m, 1000, 320}, true);
+      check_few({t, false, true, false, false, m, 36, 1344}, true);
+    }
+    for (const int64_t m : {48, 96, 127}) {
+      check_few({t, false, true, false, false, m, 1536, 768}, true);
+      check_few({t, false, false, true, false, m, 768, 768}, true);
+      check_few({t, false, false, true, false, m, 768, 2432}, true);
     }
   }
 }
