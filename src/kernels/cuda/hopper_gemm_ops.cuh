@@ -1,6 +1,6 @@
 // What the Hopper GEMM needs of the instruction set beyond hopper.cuh: products 192 and 256 columns wide, TMA loads
-// that write to both blocks of a cluster, barriers and memory of the other blocks, and 8x8 tiles between registers and
-// shared memory.
+// that write to both blocks of a cluster, barriers of the other block, and 8x8 tiles between registers and shared
+// memory.
 #pragma once
 
 #include "kernels/cuda/hopper.cuh"
@@ -16,9 +16,6 @@ __device__ inline uint32_t cluster_rank() {
 __device__ inline void cluster_sync() {
   asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
-
-__device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
-__device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
 
 // A value that the whole warp shares, in a form that tells the compiler so: what follows from it (descriptors, loops)
 // is then computed once in uniform registers.
@@ -57,27 +54,6 @@ __device__ inline void barrier_arrive_at(uint32_t bar, uint32_t rank) {
 }
 __device__ inline void barrier_arrive(uint32_t bar) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
-}
-
-// What lies at the same address of block `rank`'s shared memory.
-__device__ inline float cluster_load(uint32_t address, int rank) {
-  float v;
-  asm volatile(
-      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %1, %2;\nld.shared::cluster.f32 %0, [remote];\n}\n"
-      : "=f"(v)
-      : "r"(address), "r"(rank)
-      : "memory");
-  return v;
-}
-__device__ inline float4 cluster_load4(uint32_t address, int rank) {
-  float4 v;
-  asm volatile(
-      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %4, %5;\n"
-      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [remote];\n}\n"
-      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-      : "r"(address), "r"(rank)
-      : "memory");
-  return v;
 }
 
 // kBlocks 2: the tile lands at the same address of both blocks of the cluster, each block's barrier counts it.

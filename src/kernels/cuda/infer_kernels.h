@@ -67,15 +67,17 @@ struct FewLinear {
   const void* norm = nullptr;      // [k] T: x is normalized by its root mean square and multiplied by this; null: not
   const void* residual = nullptr;  // as y, may be y
   float eps = 1e-6f;
-  bool swiglu = false;  // f = silu(first half) * second half
+  bool swiglu = false;          // f = silu(first half) * second half
+  const void* ahead = nullptr;  // linear_wide: what a kernel behind it will read, no kernel of the step writes
+  int64_t ahead_bytes = 0;      // and so may be drawn into the L2 cache; multiples of 16
   int64_t m = 0, n = 0, k = 0;
 };
 bool linear_few_fits(DType t, const FewLinear& a);  // k a multiple of 32, rows aligned to 16 bytes
 // Is it faster than a norm, a product by the library and what follows, launched one after another (weights of type T)?
 bool linear_few_pays(const FewLinear& a);
 void linear_few(const Context& ctx, DType t, const FewLinear& a);
-// The same for 33 to 128 tokens, by the tensor cores of a Hopper (linear_wide.cu): weights of type T, no SwiGLU, n a
-// multiple of 4, k of 64, addresses aligned to 16 bytes, and all of it one wave of blocks.
+// The same for 33 to 128 tokens, by the tensor cores of a Hopper (linear_wide.cu): bf16, outputs a multiple of 4, k of
+// 64, addresses aligned to 16 bytes, and all of it one wave of blocks.
 bool linear_wide_fits(const Context& ctx, DType t, const FewLinear& a);
 void linear_wide(const Context& ctx, DType t, const FewLinear& a);
 

@@ -1,17 +1,23 @@
-// y [m, n] = norm(x) [m, k] w^T (+ residual) for the 33 to 128 tokens of a decode step on a Hopper (TMA, wgmma), with
-// the RMSNorm before and the residual behind in the same launch:
+// y [m, n] = f(norm(x) [m, k] w^T) (+ residual) in bf16 for the 33 to 128 tokens of a decode step on a Hopper (TMA,
+// wgmma), with the RMSNorm before and the SwiGLU or the residual behind in the same launch:
 //
-//   tile      64 weight rows, the rows of wgmma m64nNk16, and N tokens, its columns (32 or 64; those behind the last
-//             arrive as zeros)
-//   k         all of it in one block where w's and x's tile fit its shared memory, else split over the P blocks of a
-//             cluster; there is no ring: all copies are issued at once
-//   overlap   the weights are copied, and multiplied by the norm's weight (one rounding), before the kernel waits for
-//             the one before it; behind the wait are x, the products and the sums
-//   norm      sums of squares of x gather while the tensor cores work; the sums are multiplied by 1 / rms at the end
-//   sums      a block leaves its part in shared memory as [token][row]; then it finishes the tokens that are its share,
-//             adding the parts of the cluster in their order
+//   tile      kTiles times 64 weight rows, the rows of wgmma m64nNk16 (with SwiGLU 64 of the gate and the 64 of `up`
+//             that belong to them), and N tokens, its columns; those behind the last arrive as zeros
+//   k         all of it in one block where w's tile fits its shared memory, else split over the P blocks of a cluster
+//   warps     0 to 3 multiply, 4 to 7 norm, 8 copies
+//   overlap   all of a block's weights are copied before the kernel waits for the one before it, and the weights that
+//             a later kernel will want are drawn into the L2 cache; behind the wait are x, the products and the sums
+//   x         passes through a ring. With a norm, warps 4 to 7 multiply what has arrived by the norm's weight (one
+//             rounding) and gather its squares; the products' sums are multiplied by 1 / rms at the end
+//   P > 1     a block sends each other one its part of the 8 s tokens that that one finishes, into memory that nothing
+//             else uses, as the registers hold it; parts are added in their order
 //
-// A row's bits do not depend on the other rows.
+// Bytes: w once from memory, and once for each tile of tokens from L2, ahead of time; x once a block, which is why the
+// tokens are split: behind the wait an SM takes in some 45 bytes a clock.
+//
+// A row's bits depend on m alone, not on the other rows.
+#include <algorithm>
+
 #include "kernels/cuda/hopper_gemm_ops.cuh"
 #include "kernels/cuda/infer_kernels.h"
 #include "kernels/cuda/launch.cuh"
@@ -20,275 +26,415 @@
 namespace mm::cuda {
 namespace {
 
-constexpr int n_thread = 128, tile_rows = 64, block_k = 128, max_steps = 16, max_tokens = 128, max_shared = 224 << 10;
-constexpr int w_step = tile_rows * block_k * 2;
-constexpr int padded = tile_rows + 4;  // floats of a token's sums: no bank conflicts
+constexpr int n_thread = 288, copy_warp = 8, n_finish = 256;  // threads that write the output
+constexpr int tile_rows = 64, block_k = 128, max_steps = 20, max_slots = 12, max_tokens = 128, max_parts = 4;
+constexpr int w_tile = tile_rows * block_k * 2, max_shared = 227 << 10, two_blocks = (228 << 10) / 2 - 1024;
+
+// Columns of k a slot of the ring: few large copies, but enough of them under way beside the weights of two tiles.
+__host__ __device__ constexpr int slot_k(int tiles) { return tiles == 2 ? 64 : 128; }
+__host__ __device__ constexpr int slot_bytes(int tiles, int columns) { return columns * slot_k(tiles) * 2; }
+__host__ __device__ constexpr int groups_of(int columns, int parts) {
+  return (columns / 8 + parts - 1) / parts;
+}  // of 8 tokens a block ends
+__host__ __device__ constexpr int sent_bytes(int columns, int parts) {
+  return (parts - 1) * groups_of(columns, parts) * 128 * 16;
+}
+constexpr int barrier_bytes = 512, factor_bytes = max_tokens / 2 * 4;
+static_assert((max_steps + 3 * max_slots) * 8 <= barrier_bytes);
+
+// How a product is spread over the GPU; columns 0: it does not fit.
+struct Spread {
+  int tiles = 1, columns = 0, parts = 1, slots = 0;
+  int steps = 0;  // of block_k, the most of a block
+  int tail = 0, shared = 0;
+};
 
 struct WideParams {
   CUtensorMap w, x;  // [k / 64][rows][64]
   void* y;
   const void *residual, *norm;
+  const char* ahead;
+  int64_t ahead_bytes;
   float eps;
-  int m, n, k, tiles;
+  int m, n_out, k, up, row_tiles;  // up: rows from a gate's to its up; 0: no SwiGLU
+  int steps, slots, tail;
 };
 
-constexpr int shared_bytes(int columns, int steps) {
-  return 1024 + std::max(steps * (w_step + columns * block_k * 2), columns * padded * 4);
+// *p of block `rank` of the cluster.
+__device__ __forceinline__ void cluster_store(uint32_t address, int rank, float4 v) {
+  asm volatile(
+      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
+      "st.shared::cluster.v4.f32 [remote], {%2, %3, %4, %5};\n}\n" ::"r"(address),
+      "r"(rank), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+      : "memory");
 }
-
-template <class T>
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+__device__ __forceinline__ void draw_into_l2(const void* p, uint32_t bytes) {  // multiples of 16
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
+}
 __device__ __forceinline__ uint32_t multiply(uint32_t a, uint32_t b) {
-  using P = std::conditional_t<std::is_same_v<T, bf16>, __nv_bfloat162, __half2>;
-  const P d = __hmul2(*reinterpret_cast<const P*>(&a), *reinterpret_cast<const P*>(&b));
+  const __nv_bfloat162 d =
+      __hmul2(*reinterpret_cast<const __nv_bfloat162*>(&a), *reinterpret_cast<const __nv_bfloat162*>(&b));
   return *reinterpret_cast<const uint32_t*>(&d);
 }
 
 // Blocks: P parts of k, then tiles of rows, then of tokens.
-template <class T, int N, int P>
-__global__ void __launch_bounds__(n_thread) wide_kernel(const __grid_constant__ WideParams a) {
+template <int kTiles, int N, int P, bool kSwiglu>
+__global__ void __launch_bounds__(n_thread, 2) wide_kernel(const __grid_constant__ WideParams a) {
 #if defined(MM_SM90A)
   using namespace hopper;
-  constexpr int x_step = N * block_k * 2, chunk = N / 8 / P + (N / 8 % P != 0 ? 1 : 0);
-  extern __shared__ unsigned char memory[];
-  __shared__ uint64_t w_full[max_steps], x_full[max_steps];
-  __shared__ float squares[N], factor[N];
+  constexpr int x_k = slot_k(kTiles), x_slot = slot_bytes(kTiles, N), groups = N / 8, halves = x_k / 64;
+  constexpr int out_rows = kSwiglu ? tile_rows : kTiles * tile_rows,
+                padded = out_rows + 4;  // floats: no bank conflicts
+  static_assert(!kSwiglu || kTiles == 2);
+  static_assert(P == 1 || kTiles == 1);
+  extern __shared__ __align__(1024) unsigned char memory[];
+  unsigned char *const w_at = memory, *const x_at = memory + a.steps * kTiles * w_tile, *const tail = memory + a.tail;
+  uint64_t *const w_full = reinterpret_cast<uint64_t*>(tail), *const x_full = w_full + max_steps,
+                  *const x_ready = x_full + max_slots, *const x_empty = x_ready + max_slots;
+  float* const factor = reinterpret_cast<float*>(tail + barrier_bytes);
+  unsigned char* const sent = tail + barrier_bytes + factor_bytes;
+  unsigned char* const norm = sent + sent_bytes(N, P);
   const int thread = static_cast<int>(threadIdx.x), warp = uniform(thread / 32), lane = thread % 32;
   const int part = static_cast<int>(blockIdx.x) % P, tile = static_cast<int>(blockIdx.x) / P;
-  const int row0 = tile % a.tiles * tile_rows, first_token = tile / a.tiles * N, tokens = min(N, a.m - first_token);
+  const int row0 = tile % a.row_tiles * out_rows, first_token = tile / a.row_tiles * N;
+  const int tokens = min(N, a.m - first_token);
   const int all_steps = (a.k + block_k - 1) / block_k, begin = all_steps * part / P,
-            steps = all_steps * (part + 1) / P - begin;
-  unsigned char* const w_at = memory + ((1024 - (smem_address(memory) & 1023)) & 1023);
-  unsigned char* const x_at = w_at + steps * w_step;
-  const bool loads = warp == 0 && elect_one();
-  if (loads) {
-    for (int i = 0; i < steps; i++) mbarrier_init(&w_full[i], 1), mbarrier_init(&x_full[i], 1);
-    mbarrier_init_fence();
-    for (int i = 0; i < steps; i++) {
-      mbarrier_arrive_expect(&w_full[i], w_step);
-      tma_load_3d(w_at + i * w_step, &a.w, &w_full[i], 0, row0, (begin + i) * 2);
-      mbarrier_arrive_expect(&x_full[i], x_step);
+            steps = all_steps * (part + 1) / P - begin, x_steps = steps * (block_k / x_k);
+  if (warp == copy_warp) {
+    if (elect_one()) {
+      for (int i = 0; i < steps; i++) mbarrier_init(&w_full[i], 1);
+      for (int i = 0; i < a.slots; i++)
+        mbarrier_init(&x_full[i], 1), mbarrier_init(&x_ready[i], 4), mbarrier_init(&x_empty[i], 4);
+      mbarrier_init_fence();
+      for (int i = 0; i < steps; i++) {
+        mbarrier_arrive_expect(&w_full[i], kTiles * w_tile);
+#pragma unroll
+        for (int t = 0; t < kTiles; t++)
+          tma_load_3d(w_at + (i * kTiles + t) * w_tile, &a.w, &w_full[i], 0, row0 + t * (kSwiglu ? a.up : tile_rows),
+                      (begin + i) * 2);
+      }
+      prefetch_tensor_map(&a.x);
     }
-    prefetch_tensor_map(&a.x);
+    __syncwarp();
+    if (a.ahead_bytes != 0) {  // each lane of the grid a run of whole lines
+      const int64_t lanes = static_cast<int64_t>(gridDim.x) * 32,
+                    run = (a.ahead_bytes + lanes * 128 - 1) / (lanes * 128) * 128,
+                    at = (static_cast<int64_t>(blockIdx.x) * 32 + lane) * run;
+      if (at < a.ahead_bytes) draw_into_l2(a.ahead + at, static_cast<uint32_t>(min(run, a.ahead_bytes - at)));
+    }
+  } else if (warp >= 4 && a.norm != nullptr) {
+    for (int c = thread - 128; c < steps * (block_k / 8); c += 128) {
+      const int at = begin * block_k + c * 8;
+      reinterpret_cast<uint4*>(norm)[c] =
+          at < a.k ? __ldg(reinterpret_cast<const uint4*>(static_cast<const bf16*>(a.norm) + at)) : uint4{};
+    }
   }
   __syncthreads();
   let_next_begin();
-  if (a.norm != nullptr) {
-    // A thread's chunks of 16 bytes lie in rows that are equal modulo 8, so they are the same columns of 64.
-    const int column = ((thread ^ thread / 8) & 7) * 8;
-    for (int i = 0; i < steps; i++) {
-      uint4 by[2] = {};
-#pragma unroll
-      for (int h = 0; h < 2; h++) {
-        const int at = (begin + i) * block_k + h * 64 + column;
-        if (at < a.k) by[h] = __ldg(reinterpret_cast<const uint4*>(static_cast<const T*>(a.norm) + at));
-      }
-      mbarrier_wait(&w_full[i], 0);
-#pragma unroll
-      for (int j = 0; j < 8; j++) {
-        uint4* const p = reinterpret_cast<uint4*>(w_at + i * w_step) + thread + j * n_thread;
-        const uint4 w = *p, b = by[j / 4];
-        *p = make_uint4(multiply<T>(w.x, b.x), multiply<T>(w.y, b.y), multiply<T>(w.z, b.z), multiply<T>(w.w, b.w));
-      }
-    }
-    fence_async_proxy();
-    __syncthreads();
-  }
+  if constexpr (P > 1) cluster_arrive();
   wait_for_previous();
-  if (loads) {
-    for (int i = 0; i < steps; i++)
-      tma_load_3d(x_at + i * x_step, &a.x, &x_full[i], 0, first_token, (begin + i) * 2);
-  }
-  __syncwarp();
-  // This block's share of the output: tokens from token0 on, in items of 4 neighbours.
-  constexpr int per_token = tile_rows / 4;
-  const int token0 = tokens * part / P, share = tokens * (part + 1) / P - token0, items = share * per_token;
-  const auto is_item = [&](int i) { return i < items && row0 + i % per_token * 4 < a.n; };
+
+  // This block's share of the output: groups of 8 tokens, in items of 4 neighbouring rows.
+  constexpr int per_token = out_rows / 4, chunks = (groups_of(N, P) * 8 * per_token + n_finish - 1) / n_finish;
+  const int group0 = groups * part / P, share = groups * (part + 1) / P - group0, token0 = group0 * 8;
+  const int items = max(min(share * 8, tokens - token0), 0) * per_token;
+  const auto is_item = [&](int i) { return i < items && row0 + i % per_token * 4 < a.n_out; };
   const auto item_at = [&](int i) {
-    return static_cast<int64_t>(first_token + token0 + i / per_token) * a.n + row0 + i % per_token * 4;
+    return static_cast<int64_t>(first_token + token0 + i / per_token) * a.n_out + row0 + i % per_token * 4;
   };
-  uint2 add[chunk] = {};
-  if (a.residual != nullptr) {
+  uint2 add[kTiles == 1 ? chunks : 1] = {};
+  if constexpr (kTiles == 1) {
+    if (a.residual != nullptr && warp < copy_warp) {
 #pragma unroll
-    for (int c = 0; c < chunk; c++) {
-      const int i = thread + c * n_thread;
-      if (is_item(i)) add[c] = *reinterpret_cast<const uint2*>(static_cast<const T*>(a.residual) + item_at(i));
+      for (int c = 0; c < chunks; c++) {
+        const int i = thread + c * n_finish;
+        if (is_item(i)) add[c] = *reinterpret_cast<const uint2*>(static_cast<const bf16*>(a.residual) + item_at(i));
+      }
     }
   }
 
-  float d[N / 2];
-  const uint64_t w_desc = wgmma_descriptor<128>(smem_address(w_at), 0, 1024),
-                 x_desc = wgmma_descriptor<128>(smem_address(x_at), 0, 1024);
-  for (int i = 0; i < steps; i++) {
-    mbarrier_wait(&w_full[i], 0);
-    mbarrier_wait(&x_full[i], 0);
-    wgmma_fence();
+  float d[kTiles][N / 2];
+  if (warp == copy_warp) {
+    if (elect_one()) {
+      for (int i = 0, slot = 0, phase = 0; i < x_steps; i++) {
+        if (i >= a.slots) mbarrier_wait(&x_empty[slot], phase ^ 1);
+        mbarrier_arrive_expect(&x_full[slot], x_slot);
+        tma_load_3d(x_at + slot * x_slot, &a.x, &x_full[slot], 0, first_token, begin * 2 + i * halves);
+        if (++slot == a.slots) slot = 0, phase ^= 1;
+      }
+    }
+    __syncwarp();
+  } else if (warp >= 4) {
+    if (a.norm != nullptr) {
+      // A thread's chunks of 16 bytes lie in rows that are equal modulo 8, so they are the same columns of 64.
+      const int t = thread - 128, column = (t ^ t / 8) & 7;
+      float s[N / 16] = {};
+      for (int i = 0, slot = 0, phase = 0; i < x_steps; i++) {
+        uint4 by[halves];
 #pragma unroll
-    for (int j = 0; j < 8; j++)
-      wgmma_ss<std::conditional_t<std::is_same_v<T, bf16>, __nv_bfloat16, __half>, N>(
-          d, w_desc + i * (w_step / 16) + j / 4 * (w_step / 32) + 2 * (j % 4),
-          x_desc + i * (x_step / 16) + j / 4 * (x_step / 32) + 2 * (j % 4), i > 0 || j > 0);
-    wgmma_commit();
+        for (int h = 0; h < halves; h++) by[h] = reinterpret_cast<const uint4*>(norm)[(i * halves + h) * 8 + column];
+        mbarrier_wait(&x_full[slot], phase);
+        uint4* const at = reinterpret_cast<uint4*>(x_at + slot * x_slot) + t;
+        uint4 v[halves][N / 16];
+#pragma unroll
+        for (int h = 0; h < halves; h++) {
+#pragma unroll
+          for (int r = 0; r < N / 16; r++) v[h][r] = at[(h * (N / 16) + r) * 128];
+        }
+#pragma unroll
+        for (int h = 0; h < halves; h++) {
+#pragma unroll
+          for (int r = 0; r < N / 16; r++) {
+            const uint4 x = v[h][r], b = by[h];
+            at[(h * (N / 16) + r) * 128] =
+                make_uint4(multiply(x.x, b.x), multiply(x.y, b.y), multiply(x.z, b.z), multiply(x.w, b.w));
+          }
+        }
+        fence_async_proxy();
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(&x_ready[slot]);
+#pragma unroll
+        for (int h = 0; h < halves; h++) {
+#pragma unroll
+          for (int r = 0; r < N / 16; r++) {
+            const uint32_t words[4] = {v[h][r].x, v[h][r].y, v[h][r].z, v[h][r].w};
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+              const float2 f = unpack2<bf16>(words[e]);
+              s[r] += f.x * f.x + f.y * f.y;
+            }
+          }
+        }
+        if (++slot == a.slots) slot = 0, phase ^= 1;
+      }
+#pragma unroll
+      for (int r = 0; r < N / 16; r++) {
+        const float all = warp_sum<8>(s[r]);
+        if (t % 8 == 0) factor[16 * r + t / 8] = rsqrtf(all / static_cast<float>(a.k) + a.eps);
+      }
+    }
+  } else {
+    const uint64_t w_desc = wgmma_descriptor<128>(smem_address(w_at), 0, 1024),
+                   x_desc = wgmma_descriptor<128>(smem_address(x_at), 0, 1024);
+    uint64_t* const x_there = a.norm != nullptr ? x_ready : x_full;
+    for (int i = 0, slot = 0, phase = 0; i < x_steps; i++) {
+      const int w_step = i * x_k / block_k, w_half = i * x_k % block_k / 64;
+      if (w_half == 0) mbarrier_wait(&w_full[w_step], 0);
+      mbarrier_wait(&x_there[slot], phase);
+      wgmma_fence();
+#pragma unroll
+      for (int t = 0; t < kTiles; t++) {
+#pragma unroll
+        for (int j = 0; j < x_k / 16; j++)
+          wgmma_ss<__nv_bfloat16, N>(
+              d[t], w_desc + (w_step * kTiles + t) * (w_tile / 16) + (w_half + j / 4) * (w_tile / 32) + 2 * (j % 4),
+              x_desc + slot * (x_slot / 16) + j / 4 * (N * 8) + 2 * (j % 4), i > 0 || j > 0);
+      }
+      wgmma_commit();
+      if (i > 0 && i - 1 + a.slots < x_steps) {  // the slot before this one is wanted again
+        wgmma_wait<1>();
+        if (lane == 0) mbarrier_arrive(&x_empty[slot == 0 ? a.slots - 1 : slot - 1]);
+      }
+      if (++slot == a.slots) slot = 0, phase ^= 1;
+    }
+    wgmma_wait<0>();
+#pragma unroll
+    for (int t = 0; t < kTiles; t++) wgmma_pin(d[t]);
   }
-  if (a.norm != nullptr) {
-    float s[N / 16] = {};
-#pragma unroll 2
-    for (int i = 0; i < steps; i++) {
-      uint4 v[N / 8];
+  __syncthreads();  // w and x have been read, factors are known
+
+  // d[t][i]: row 16 warp + lane / 4 + 8 (i / 2 % 2) of tile t, token 8 (i / 4) + 2 (lane % 4) + i % 2.
+  float* const sums = reinterpret_cast<float*>(memory);  // [token][padded]
+  if constexpr (P > 1) {
+    cluster_wait();  // the others have begun
+    const auto at = [&](int from, int group) { return sent + ((from * groups_of(N, P) + group) * 128 + thread) * 16; };
+    if (warp < 4) {
 #pragma unroll
-      for (int r = 0; r < N / 8; r++) v[r] = *(reinterpret_cast<const uint4*>(x_at + i * x_step) + r * n_thread + thread);
+      for (int g = 0; g < groups; g++) {
+        int to = 0;
+        while (groups * (to + 1) / P <= g) to++;
+        if (to != part)
+          cluster_store(smem_address(at(part < to ? part : part - 1, g - groups * to / P)), to,
+                        make_float4(d[0][4 * g], d[0][4 * g + 1], d[0][4 * g + 2], d[0][4 * g + 3]));
+      }
+    }
+    cluster_arrive();
+    cluster_wait();
+    if (warp < 4) {
 #pragma unroll
-      for (int r = 0; r < N / 8; r++) {
-        const uint32_t words[4] = {v[r].x, v[r].y, v[r].z, v[r].w};
+      for (int g = 0; g < groups; g++) {
+        if (g < group0 || g >= group0 + share) continue;
+        float4 sum = {};
+#pragma unroll
+        for (int q = 0; q < P; q++) {
+          float4 v = make_float4(d[0][4 * g], d[0][4 * g + 1], d[0][4 * g + 2], d[0][4 * g + 3]);
+          if (q != part) v = *reinterpret_cast<const float4*>(at(q < part ? q : q - 1, g - group0));
+          sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
+        }
+        float* const to = sums + ((g - group0) * 8 + 2 * (lane % 4)) * padded + warp * 16 + lane / 4;
+        to[0] = sum.x, to[padded] = sum.y, to[8] = sum.z, to[padded + 8] = sum.w;
+      }
+    }
+  } else if (warp < 4) {
+#pragma unroll
+    for (int g = 0; g < groups; g++) {
+      const int token = 8 * g + 2 * (lane % 4);
+      const float2 r = a.norm != nullptr ? *reinterpret_cast<const float2*>(factor + token) : make_float2(1.0f, 1.0f);
+#pragma unroll
+      for (int t = 0; t < (kSwiglu ? 1 : kTiles); t++) {
 #pragma unroll
         for (int e = 0; e < 4; e++) {
-          const float2 f = unpack2<T>(words[e]);
-          s[r % (N / 16)] += f.x * f.x + f.y * f.y;
+          const float f = e % 2 == 0 ? r.x : r.y;
+          float v = d[t][4 * g + e] * f;
+          if constexpr (kSwiglu) v = v / (1.0f + __expf(-v)) * (d[kTiles - 1][4 * g + e] * f);
+          sums[(token + e % 2) * padded + t * tile_rows + warp * 16 + lane / 4 + e / 2 * 8] = v;
         }
       }
     }
-#pragma unroll
-    for (int r = 0; r < N / 16; r++) {
-      const float all = warp_sum<8>(s[r]);
-      if (thread % 8 == 0) squares[16 * r + thread / 8] = all;
-    }
-  }
-  wgmma_wait<0>();
-  wgmma_pin(d);
-  __syncthreads();  // w and x have been read
-  float* const sums = reinterpret_cast<float*>(w_at);
-#pragma unroll
-  for (int i = 0; i < N / 2; i++)
-    sums[(8 * (i / 4) + 2 * (lane % 4) + i % 2) * padded + warp * 16 + lane / 4 + 8 * (i / 2 % 2)] = d[i];
-  if constexpr (P > 1) cluster_sync();
-  else __syncthreads();
-
-  float4 v[chunk][P];
-  if (a.norm != nullptr && thread < share) {
-    float s = 0.0f;
-#pragma unroll
-    for (int q = 0; q < P; q++)
-      s += P > 1 ? cluster_load(smem_address(squares + token0 + thread), q) : squares[token0 + thread];
-    factor[thread] = rsqrtf(s / static_cast<float>(a.k) + a.eps);
-  }
-#pragma unroll
-  for (int c = 0; c < chunk; c++) {
-    const int i = max(min(thread + c * n_thread, items - 1), 0);
-    const float* at = sums + (token0 + i / per_token) * padded + i % per_token * 4;
-#pragma unroll
-    for (int q = 0; q < P; q++)
-      v[c][q] = P > 1 ? cluster_load4(smem_address(at), q) : *reinterpret_cast<const float4*>(at);
-  }
-#pragma unroll
-  for (int c = 0; c < chunk; c++) {
-#pragma unroll
-    for (int q = 1; q < P; q++) {
-      const float4 from = v[c][q], to = v[c][0];
-      v[c][0] = make_float4(to.x + from.x, to.y + from.y, to.z + from.z, to.w + from.w);
-    }
   }
   __syncthreads();
-  if constexpr (P > 1) cluster_arrive();
+  if (warp == copy_warp) return;
 #pragma unroll
-  for (int c = 0; c < chunk; c++) {
-    const int i = thread + c * n_thread;
+  for (int c = 0; c < chunks; c++) {
+    const int i = thread + c * n_finish;
     if (!is_item(i)) continue;
-    const float r = a.norm != nullptr ? factor[i / per_token] : 1.0f;
-    float4 out = v[c][0];
-    out = make_float4(out.x * r, out.y * r, out.z * r, out.w * r);
-    if (a.residual != nullptr) {
-      const float2 lo = unpack2<T>(add[c].x), hi = unpack2<T>(add[c].y);
-      out = make_float4(out.x + lo.x, out.y + lo.y, out.z + hi.x, out.w + hi.y);
+    float4 out = *reinterpret_cast<const float4*>(sums + i / per_token * padded + i % per_token * 4);
+    if constexpr (kTiles == 1) {
+      if (a.residual != nullptr) {
+        const float2 lo = unpack2<bf16>(add[c].x), hi = unpack2<bf16>(add[c].y);
+        out = make_float4(out.x + lo.x, out.y + lo.y, out.z + hi.x, out.w + hi.y);
+      }
     }
-    *reinterpret_cast<uint2*>(static_cast<T*>(a.y) + item_at(i)) =
-        make_uint2(pack2<T>(out.x, out.y), pack2<T>(out.z, out.w));
+    *reinterpret_cast<uint2*>(static_cast<bf16*>(a.y) + item_at(i)) =
+        make_uint2(pack2<bf16>(out.x, out.y), pack2<bf16>(out.z, out.w));
   }
-  __syncwarp();
-  if constexpr (P > 1) cluster_wait();  // nobody leaves while others read its sums
 #endif
 }
 
-// [rows, k] T as [k / 64][rows][64], in boxes of 2 x box_rows x 64.
-CUtensorMap rows_map(DType t, const void* p, int64_t rows, int64_t k, int box_rows) {
+// [rows, k] bf16 as [k / 64][rows][64], in boxes of `deep` x box_rows x 64.
+CUtensorMap rows_map(const void* p, int64_t rows, int64_t k, int box_rows, int deep) {
   const cuuint64_t size[3] = {64, static_cast<cuuint64_t>(rows), static_cast<cuuint64_t>(k / 64)},
                    bytes[2] = {static_cast<cuuint64_t>(2 * k), 128};
-  const cuuint32_t box[3] = {64, static_cast<cuuint32_t>(box_rows), block_k / 64}, step[3] = {1, 1, 1};
+  const cuuint32_t box[3] = {64, static_cast<cuuint32_t>(box_rows), static_cast<cuuint32_t>(deep)}, step[3] = {1, 1, 1};
   CUtensorMap map;
-  const CUresult r = encode_tiled()(
-      &map, t == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3,
-      const_cast<void*>(p), size, bytes, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult r = encode_tiled()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<void*>(p), size, bytes, box,
+                                    step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                    CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (r != CUDA_SUCCESS) fail("cuTensorMapEncodeTiled", "refused", __FILE__, __LINE__);
   return map;
 }
 
-// How a product is spread over the GPU; columns 0: it does not fit one wave of blocks.
-struct Spread {
-  int columns = 0, parts = 0, steps = 0;  // steps: the most of a block
-};
-Spread spread_of(const Context& ctx, const FewLinear& a) {
-  const int64_t steps = div_up(a.k, block_k);
-  for (const int columns : {32, 64}) {
-    for (int64_t parts = 1; parts <= std::min<int64_t>(4, steps); parts++) {
-      const int most = static_cast<int>(std::min<int64_t>(div_up(steps, parts), max_steps + 1));
-      if (most <= max_steps && shared_bytes(columns, most) <= max_shared &&
-          div_up(a.n, tile_rows) * div_up(a.m, columns) * parts <= ctx.n_sm)
-        return {columns, static_cast<int>(parts), most};
-    }
-  }
-  return {};
+int64_t blocks_of(const FewLinear& a, const Spread& s) {
+  const int64_t rows = a.swiglu ? a.n / 2 : a.n, per_block = a.swiglu ? tile_rows : s.tiles * tile_rows;
+  return div_up(rows, per_block) * div_up(a.m, s.columns) * s.parts;
 }
 
-template <class T, int N, int P>
-void launch_wide(const Context& ctx, const WideParams& p, int steps) {
-  const auto kernel = wide_kernel<T, N, P>;
+// Completes a spread of which tiles, columns, parts and, if not 0, slots are given; false: it does not fit one wave.
+bool complete(const Context& ctx, const FewLinear& a, Spread& s) {
+  if (a.swiglu && s.tiles != 2) return false;
+  if (s.tiles == 2 && (a.residual != nullptr || s.parts > 1)) return false;
+  if (s.parts > 1 && a.norm != nullptr) return false;
+  const int64_t all = div_up(a.k, block_k);
+  if (all < s.parts || div_up(all, s.parts) > max_steps) return false;
+  s.steps = static_cast<int>(div_up(all, s.parts));
+  const int out_rows = a.swiglu ? tile_rows : s.tiles * tile_rows, slot = slot_bytes(s.tiles, s.columns);
+  const int fixed = barrier_bytes + factor_bytes + sent_bytes(s.columns, s.parts) +
+                    (a.norm != nullptr ? s.steps * block_k * 2 : 0),
+            w = s.steps * s.tiles * w_tile, wanted = s.steps * (block_k / slot_k(s.tiles));
+  const int room = std::min((max_shared - fixed - w) / slot, max_slots);
+  s.slots = std::min(s.slots == 0 ? wanted : std::min(s.slots, wanted), room);
+  if (s.slots < std::min(wanted, 2)) return false;
+  s.tail = std::max(w + s.slots * slot, s.columns * (out_rows + 4) * 4);
+  s.shared = s.tail + fixed;
+  return s.shared <= max_shared && blocks_of(a, s) <= (s.shared <= two_blocks ? 2 : 1) * int64_t{ctx.n_sm};
+}
+
+// An estimate of the clocks behind the wait for the kernel before: what arrives and what is multiplied pass together.
+double clocks_of(const FewLinear& a, const Spread& s) {
+  const double k = s.steps * block_k, x = 2.0 * s.columns * k / 45;
+  const double products = s.tiles * k / 16 * std::max(16 + s.columns / 4, s.columns / 2);
+  const double under_way = std::min(1.0, s.slots * slot_bytes(s.tiles, s.columns) / 32768.0);
+  const double weights = 2.0 * static_cast<double>(a.n * a.k * div_up(a.m, s.columns)) / 3700;  // from L2, mostly ahead
+  return 800 + std::max(x / under_way, products) + 0.25 * weights + (s.parts > 1 ? 900 + 100 * s.parts : 0) +
+         4.0 * s.columns * (a.swiglu ? 1 : s.tiles);
+}
+
+Spread spread_of(const Context& ctx, const FewLinear& a) {
+  Spread best;
+  for (int tiles = 1; tiles <= 2; tiles++) {
+    for (const int columns : {32, 48, 64}) {
+      for (int parts = 1; parts <= max_parts; parts++) {
+        Spread s = {.tiles = tiles, .columns = columns, .parts = parts};
+        if (!complete(ctx, a, s)) continue;
+        if (best.columns == 0 || clocks_of(a, s) < clocks_of(a, best)) best = s;
+      }
+    }
+  }
+  return best;
+}
+
+template <int kTiles, int N, int P, bool kSwiglu>
+void launch_wide(const Context& ctx, const WideParams& p, const Spread& s, int64_t blocks) {
+  const auto kernel = wide_kernel<kTiles, N, P, kSwiglu>;
   static const cudaError_t once = [&] {
     const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
     return e != cudaSuccess ? e : cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, max_shared);
   }();
   MM_CUDA_CHECK(once);
-  const auto blocks = static_cast<unsigned>(P * p.tiles * static_cast<int>(div_up(p.m, N)));
-  launch_overlapped(ctx, kernel, dim3(blocks), n_thread, static_cast<size_t>(shared_bytes(N, steps)), P, p);
+  launch_overlapped(ctx, kernel, dim3(static_cast<unsigned>(blocks)), n_thread, static_cast<size_t>(s.shared), P, p);
 }
 
-void launch_spread(const Context& ctx, DType t, const FewLinear& a, const Spread& s) {
-  const WideParams p = {rows_map(t, a.w, a.n, a.k, tile_rows),
-                        rows_map(t, a.x, a.m, a.k, s.columns),
+void launch_spread(const Context& ctx, const FewLinear& a, const Spread& s) {
+  const int64_t n_out = a.swiglu ? a.n / 2 : a.n;
+  const WideParams p = {rows_map(a.w, a.n, a.k, tile_rows, 2),
+                        rows_map(a.x, a.m, a.k, s.columns, slot_k(s.tiles) / 64),
                         a.y,
                         a.residual,
                         a.norm,
+                        static_cast<const char*>(a.ahead),
+                        a.ahead_bytes,
                         a.eps,
                         static_cast<int>(a.m),
-                        static_cast<int>(a.n),
+                        static_cast<int>(n_out),
                         static_cast<int>(a.k),
-                        static_cast<int>(div_up(a.n, tile_rows))};
-  const auto parts = [&]<class T, int N>(T, std::integral_constant<int, N>) {
+                        a.swiglu ? static_cast<int>(n_out) : 0,
+                        static_cast<int>(div_up(n_out, a.swiglu ? tile_rows : s.tiles * tile_rows)),
+                        s.steps,
+                        s.slots,
+                        s.tail};
+  const int64_t blocks = blocks_of(a, s);
+  const auto with = [&]<int N>(std::integral_constant<int, N>) {
+    if (a.swiglu) return launch_wide<2, N, 1, true>(ctx, p, s, blocks);
+    if (s.tiles == 2) return launch_wide<2, N, 1, false>(ctx, p, s, blocks);
     switch (s.parts) {
-      case 1: return launch_wide<T, N, 1>(ctx, p, s.steps);
-      case 2: return launch_wide<T, N, 2>(ctx, p, s.steps);
-      case 3: return launch_wide<T, N, 3>(ctx, p, s.steps);
-      default: return launch_wide<T, N, 4>(ctx, p, s.steps);
+      case 1: return launch_wide<1, N, 1, false>(ctx, p, s, blocks);
+      case 2: return launch_wide<1, N, 2, false>(ctx, p, s, blocks);
+      case 3: return launch_wide<1, N, 3, false>(ctx, p, s, blocks);
+      default: return launch_wide<1, N, 4, false>(ctx, p, s, blocks);
     }
   };
-  const auto width = [&]<class T>(T tag) {
-    if (s.columns == 32) parts(tag, std::integral_constant<int, 32>{});
-    else parts(tag, std::integral_constant<int, 64>{});
-  };
-  if (t == DType::bf16) width(bf16{});
-  else width(f16{});
+  if (s.columns == 32) with(std::integral_constant<int, 32>{});
+  else if (s.columns == 48) with(std::integral_constant<int, 48>{});
+  else with(std::integral_constant<int, 64>{});
 }
 
 }  // namespace
 
 bool linear_wide_fits(const Context& ctx, DType t, const FewLinear& a) {
-  if (ctx.arch != 90 || t == DType::f32 || a.scales != nullptr || a.swiglu || a.m < 1 || a.m > max_tokens) return false;
-  if (a.n % 4 != 0 || a.k % 64 != 0 || a.n >= (int64_t{1} << 20) || a.k >= (int64_t{1} << 20)) return false;
+  if (ctx.arch != 90 || t != DType::bf16 || a.scales != nullptr || a.m < 1 || a.m > max_tokens) return false;
+  if ((a.swiglu ? a.n / 2 : a.n) % 4 != 0 || a.k % 64 != 0 || a.n >= (int64_t{1} << 20) || a.k >= (int64_t{1} << 20))
+    return false;
   return aligned({a.x, a.w, a.norm, a.y, a.residual}) && spread_of(ctx, a).columns != 0;
 }
 
 void linear_wide(const Context& ctx, DType t, const FewLinear& a) {
   if (a.m == 0 || a.n == 0) return;
   if (!linear_wide_fits(ctx, t, a)) fail("linear_wide", "what it does not take", __FILE__, __LINE__);
-  launch_spread(ctx, t, a, spread_of(ctx, a));
+  launch_spread(ctx, a, spread_of(ctx, a));
 }
 
 }  // namespace mm::cuda
