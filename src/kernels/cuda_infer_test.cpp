@@ -235,6 +235,7 @@ struct AttentionCase {
   std::vector<int32_t> n_key;  // one row a sequence; 0: padding
   bool invariant = false;
   int nan_row = -1;  // its last key is NaN
+  int n_new = 1 << 30;
 };
 
 struct AttentionRun {
@@ -298,6 +299,7 @@ AttentionRun run_attention(const AttentionCase& c, const std::vector<int32_t>& r
                                   .block_shift = c.shift,
                                   .n_row = n_row,
                                   .max_key = longest,
+                                  .n_new = c.n_new,
                                   .invariant = c.invariant,
                                   .n_head = c.n_head,
                                   .n_kv_head = c.n_kv_head,
@@ -363,6 +365,26 @@ TEST_F(CudaInfer, AttentionOverPages) {
       check_attention({t, format, 6, 2, 96, 4, {129, 77}});
       check_attention({t, format, 8, 2, 64, 11, {2000}});
       check_attention({t, format, 8, 4, 96, 4, std::vector<int32_t>(70, 33)});
+    }
+  }
+}
+
+TEST_F(CudaInfer, AttentionReadsOldKeysEarly) {
+  for (const DType t : {bf16, f16}) {
+    for (const KvFormat format : {t == bf16 ? KvFormat::bf16 : KvFormat::f16, KvFormat::i8}) {
+      for (const int32_t rows : {3, 70}) {
+        for (const int32_t keys : {1, 15, 16, 17, 32, 33, 100, 129, 250, 300, 700}) {
+          std::vector<int32_t> n_key;
+          for (int32_t i = 0; i < rows; i++) n_key.push_back(std::max(i % 7 == 5 ? 0 : 1, keys - i % 3 * (keys / 4)));
+          AttentionCase c = {t, format, 8, 4, 96, 4, n_key};
+          c.n_new = 1;
+          const AttentionRun early = run_attention(c, all_rows(c), true);
+          expect_close("keys " + std::to_string(keys), early.got, early.want,
+                       2 * unit_of(t) + (format == KvFormat::i8 ? 8e-3 : 0), 0.5);
+          c.n_new = 1 << 30;
+          EXPECT_EQ(run_attention(c, all_rows(c), false).got, early.got) << keys;
+        }
+      }
     }
   }
 }
@@ -499,7 +521,10 @@ void check_few(const FewCase& c, bool wide = false) {
   const Quantized q = quantize(w);
   const int64_t n_out = c.swiglu ? c.n / 2 : c.n;
   const std::vector<float> y = rounded(c.t, normal(static_cast<size_t>(c.m * n_out), 54));
-  const Device<unsigned char> x_d(encode(c.t, x)), y_d(encode(c.t, y)), w_d(encode(c.t, w)), norm_d(encode(c.t, norm));
+  Bytes y_bytes = encode(c.t, y);
+  const size_t y_end = y_bytes.size();
+  y_bytes.resize(y_end + static_cast<size_t>(64 * n_out) * 2, 0x2a);  // rows that a tile of tokens reaches
+  const Device<unsigned char> x_d(encode(c.t, x)), y_d(y_bytes), w_d(encode(c.t, w)), norm_d(encode(c.t, norm));
   const Device<int8_t> data(q.data);
   const Device<uint16_t> scales(q.scales);
   const cuda::FewLinear a = {.y = y_d,
@@ -515,7 +540,12 @@ void check_few(const FewCase& c, bool wide = false) {
   ASSERT_TRUE(wide ? cuda::linear_wide_fits(context(), c.t, a) : cuda::linear_few_fits(c.t, a)) << what;
   if (wide) cuda::linear_wide(context(), c.t, a);
   else cuda::linear_few(context(), c.t, a);
-  const std::vector<float> got = decode(c.t, y_d.get());
+  Bytes got_bytes = y_d.get();
+  EXPECT_TRUE(std::all_of(got_bytes.begin() + static_cast<std::ptrdiff_t>(y_end), got_bytes.end(),
+                          [](auto b) { return b == 0x2a; }))
+      << what << ": wrote behind the last row";
+  got_bytes.resize(y_end);
+  const std::vector<float> got = decode(c.t, got_bytes);
   std::vector<double> want;
   std::vector<float> some;
   for (int64_t r = 0; r < c.m; r++) {
@@ -566,18 +596,43 @@ TEST_F(CudaInfer, FewLinear) {
 
 TEST_F(CudaInfer, WideLinear) {
   if (context().arch != 90) GTEST_SKIP() << "NOT TESTED: no Hopper";
-  for (const DType t : {bf16, f16}) {
-    for (const int64_t m : {1, 33, 64, 65, 96, 100, 128}) {
-      check_few({t, false, false, m % 2 == 0, false, m, 56, 64}, true);
-      check_few({t, false, true, true, false, m, 1000, 320}, true);
-      check_few({t, false, true, false, false, m, 36, 1344}, true);
-    }
-    for (const int64_t m : {48, 96, 127}) {
-      check_few({t, false, true, false, false, m, 1536, 768}, true);
-      check_few({t, false, false, true, false, m, 768, 768}, true);
-      check_few({t, false, false, true, false, m, 768, 2432}, true);
-    }
+  for (const int64_t m : {1, 31, 32, 33, 47, 48, 64, 65, 96, 97, 127, 128}) {
+    check_few({bf16, false, false, m % 2 == 0, false, m, 52, 64}, true);  // a half step of k, rows behind the last
+    check_few({bf16, false, true, true, false, m, 1000, 320}, true);
+    check_few({bf16, false, true, false, true, m, 2 * 36, 192}, true);
+    check_few({bf16, false, false, false, true, m, 2 * 132, 704}, true);
+    check_few({bf16, false, false, m % 2 == 1, false, m, 68, 2432}, true);  // k split over a cluster
   }
+  for (const int64_t m : {33, 48, 64, 96, 128}) {  // of the 64M model
+    check_few({bf16, false, true, false, false, m, 1536, 768}, true);
+    check_few({bf16, false, false, true, false, m, 768, 768}, true);
+    check_few({bf16, false, true, false, true, m, 4864, 768}, true);
+    check_few({bf16, false, false, true, false, m, 768, 2432}, true);
+    check_few({bf16, false, true, false, false, m, 6400, 768}, true);
+  }
+}
+
+TEST_F(CudaInfer, WideLinearTakes) {
+  alignas(16) static unsigned char at[32];
+  cuda::FewLinear a = {.y = at, .x = at, .w = at, .m = 96, .n = 768, .k = 768};
+  if (context().arch != 90) {
+    EXPECT_FALSE(cuda::linear_wide_fits(context(), bf16, a));
+    return;
+  }
+  EXPECT_TRUE(cuda::linear_wide_fits(context(), bf16, a));
+  EXPECT_FALSE(cuda::linear_wide_fits(context(), f16, a));
+  EXPECT_FALSE(cuda::linear_wide_fits(context(), f32, a));
+  const auto refused = [&](auto change) {
+    cuda::FewLinear b = a;
+    change(b);
+    EXPECT_FALSE(cuda::linear_wide_fits(context(), bf16, b)) << b.m << " " << b.n << " " << b.k;
+  };
+  refused([](auto& b) { b.m = 129; });
+  refused([](auto& b) { b.n = 770; });
+  refused([](auto& b) { b.k = 768 + 32; });
+  refused([](auto& b) { b.x = at + 8; });
+  refused([](auto& b) { b.n = 1 << 19; });
+  refused([](auto& b) { b.scales = at; });
 }
 
 }  // namespace

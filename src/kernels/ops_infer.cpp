@@ -70,6 +70,7 @@ void attention_paged(const Device& dev, View out, View q, const InferKv& kv, int
                          .block_shift = a.table.block_shift,
                          .n_row = q.rows(),
                          .max_key = a.max_key,
+                         .n_new = a.n_new,
                          .invariant = a.invariant,
                          .n_head = a.n_head,
                          .n_kv_head = a.n_kv_head,
@@ -103,26 +104,34 @@ static bool holds_type(WeightFormat f, DType t) {
 }
 
 bool linear_few(const Device& dev, View y, View x, View norm, float eps, const InferMatrix& w, View residual,
-                bool swiglu) {
-  const cuda::FewLinear a = {.y = y.data,
-                             .x = x.data,
-                             .w = w.data,
-                             .scales = w.format == WeightFormat::i8 ? w.scales : nullptr,
-                             .norm = norm.data,
-                             .residual = residual.data,
-                             .eps = eps,
-                             .swiglu = swiglu,
-                             .m = x.rows(),
-                             .n = w.n,
-                             .k = w.k};
-  if (!holds_type(w.format, x.dtype) || !cuda::linear_few_fits(x.dtype, a) || !cuda::linear_few_pays(a)) return false;
+                bool swiglu, const InferMatrix* ahead) {
+  cuda::FewLinear a = {.y = y.data,
+                       .x = x.data,
+                       .w = w.data,
+                       .scales = w.format == WeightFormat::i8 ? w.scales : nullptr,
+                       .norm = norm.data,
+                       .residual = residual.data,
+                       .eps = eps,
+                       .swiglu = swiglu,
+                       .m = x.rows(),
+                       .n = w.n,
+                       .k = w.k};
+  if (!holds_type(w.format, x.dtype)) return false;
+  const bool few = cuda::linear_few_fits(x.dtype, a) && cuda::linear_few_pays(a);
+  if (!few && !cuda::linear_wide_fits(gpu(dev), x.dtype, a)) return false;
   check_dense(y, a.m, swiglu ? a.n / 2 : a.n, "y");
   check_dense(x, a.m, a.k, "x");
   const double n = static_cast<double>(a.n), k = static_cast<double>(a.k);
   const double bytes = w.format == WeightFormat::i8 ? 1.0 + 2.0 / static_cast<double>(weight_group) : 2.0;
-  const Zone zone(dev.profiler, "linear_few", moved({x, y, residual}) + bytes * n * k,
+  const Zone zone(dev.profiler, few ? "linear_few" : "linear_wide", moved({x, y, residual}) + bytes * n * k,
                   2 * static_cast<double>(a.m) * n * k);
-  cuda::linear_few(gpu(dev), x.dtype, a);
+  if (few) {
+    cuda::linear_few(gpu(dev), x.dtype, a);
+    return true;
+  }
+  if (ahead != nullptr && ahead->format == WeightFormat::bf16)
+    a.ahead = ahead->data, a.ahead_bytes = 2 * ahead->n * ahead->k;
+  cuda::linear_wide(gpu(dev), x.dtype, a);
   return true;
 }
 
@@ -168,7 +177,7 @@ void kv_copy_rows(const Device&, const InferKv&, int64_t, const int32_t*, const 
 void attention_paged(const Device&, View, View, const InferKv&, int64_t, const PagedAttention&) { no_gpu(); }
 void quantize_i8(const Device&, const InferMatrix&, View) { no_gpu(); }
 void linear_i8(const Device&, View, View, const InferMatrix&, View) { no_gpu(); }
-bool linear_few(const Device&, View, View, View, float, const InferMatrix&, View, bool) {
+bool linear_few(const Device&, View, View, View, float, const InferMatrix&, View, bool, const InferMatrix*) {
   no_gpu();
   return false;
 }

@@ -183,22 +183,26 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks)
     }
   };
   int next = split * kWarps + warp, rows = next < n_tile ? look_up(next) : -1;
-  if (rows >= 0) {  // the newest keys may still be on their way to memory, but what lies there can come closer
+  const auto fill_stage = [&](int stage) {
+    if (next < n_tile) {
+      copy_tile(rows, stage);
+      next += tile_step;
+      if (next < n_tile) rows = look_up(next);
+    }
+    cp_async_commit();
+  };
+  // Tiles of keys that earlier steps wrote are copied before the kernel waits; of others what lies there can come
+  // closer.
+  int filled = 0;
+  while (filled < R::stages && next < n_tile && (next + 1) * tile <= n_key - a.n_new) fill_stage(filled++);
+  if (filled < R::stages && rows >= 0) {
     const char* at =
         reinterpret_cast<const char*>(static_cast<const C*>(lane < 16 ? kv.k : kv.v) + rows * ld + kv_head * D);
 #pragma unroll
     for (int i = 0; i < D * R::size; i += 64) asm volatile("prefetch.global.L2 [%0];" ::"l"(at + i));
   }
   wait_for_previous();
-#pragma unroll
-  for (int i = 0; i < R::stages - 1; i++) {
-    if (next < n_tile) {
-      copy_tile(rows, i);
-      next += tile_step;
-      if (next < n_tile) rows = look_up(next);
-    }
-    cp_async_commit();
-  }
+  for (; filled < R::stages; filled++) fill_stage(filled);
 
   uint32_t q[steps][2];
 #pragma unroll
@@ -212,12 +216,7 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks)
   float out[steps][4] = {}, top[2] = {minus_infinity(), minus_infinity()}, sum[2] = {};
   for (int i = split * kWarps + warp, stage = 0; i < n_tile; i += tile_step) {
     __syncwarp();  // all lanes have read what the copies overwrite
-    if (next < n_tile) {
-      copy_tile(rows, stage == 0 ? R::stages - 1 : stage - 1);
-      next += tile_step;
-      if (next < n_tile) rows = look_up(next);
-    }
-    cp_async_commit();
+    if (i >= tile_step) fill_stage(stage == 0 ? R::stages - 1 : stage - 1);
     cp_async_wait<R::stages - 1>();
     __syncwarp();
     const unsigned char* at = ring + stage * R::stage;
@@ -504,6 +503,9 @@ void launch_for_group(const Context& ctx, const KvLayer& kv, const PagedAttentio
       if (large) return launch<T, C, D, kHeads, 4, 3, 2>(ctx, kv, a, n_split);
       return launch<T, C, D, kHeads, 4, 2, 2>(ctx, kv, a, n_split);
     } else {
+      // Few keys: all of a row's are under way at once, and a block of the next kernel finds room beside three of
+      // these.
+      if (pairs > ctx.n_sm && a.max_key <= 256) return launch<T, C, D, kHeads, 4, 2, 3>(ctx, kv, a, n_split);
       if (pairs > ctx.n_sm || !large) return launch<T, C, D, kHeads, 4, 3, 3>(ctx, kv, a, n_split);
       if (large && a.max_key > n_split * 128) return launch<T, C, D, kHeads, 16, 2, 1>(ctx, kv, a, n_split);
       return launch<T, C, D, kHeads, 8, 2, 2>(ctx, kv, a, n_split);

@@ -43,7 +43,9 @@ struct PagedAttention {
   int64_t table_ld = 0;
   int block_shift = 0;
   int64_t n_row = 0;
-  int64_t max_key = 0;     // bound of n_key that the host knows; only chooses how keys are split
+  int64_t max_key = 0;  // bound of n_key that the host knows; only chooses how keys are split
+  int n_new = 1 << 30;  // at most so many of a row's last keys are written by kernels of this step; the others may be
+                        // read before those have ended
   bool invariant = false;  // the split depends on n_key alone, so that a row's bits do not depend on the batch
   int n_head = 0, n_kv_head = 0, d_head = 0;
   float scale = 1.0f;

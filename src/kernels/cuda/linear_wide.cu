@@ -120,12 +120,6 @@ __global__ void __launch_bounds__(n_thread, 2) wide_kernel(const __grid_constant
       prefetch_tensor_map(&a.x);
     }
     __syncwarp();
-    if (a.ahead_bytes != 0) {  // each lane of the grid a run of whole lines
-      const int64_t lanes = static_cast<int64_t>(gridDim.x) * 32,
-                    run = (a.ahead_bytes + lanes * 128 - 1) / (lanes * 128) * 128,
-                    at = (static_cast<int64_t>(blockIdx.x) * 32 + lane) * run;
-      if (at < a.ahead_bytes) draw_into_l2(a.ahead + at, static_cast<uint32_t>(min(run, a.ahead_bytes - at)));
-    }
   } else if (warp >= 4 && a.norm != nullptr) {
     for (int c = thread - 128; c < steps * (block_k / 8); c += 128) {
       const int at = begin * block_k + c * 8;
@@ -136,6 +130,15 @@ __global__ void __launch_bounds__(n_thread, 2) wide_kernel(const __grid_constant
   __syncthreads();
   let_next_begin();
   if constexpr (P > 1) cluster_arrive();
+  if (warp == copy_warp) {
+    const int64_t run = (a.ahead_bytes + gridDim.x * 128 - 1) / (gridDim.x * 128) * 128, first = blockIdx.x * run,
+                  end = min(first + run, a.ahead_bytes);
+    if (elect_one()) {
+      for (int64_t at = first; at < end; at += 16384)
+        draw_into_l2(a.ahead + at, static_cast<uint32_t>(min(int64_t{16384}, end - at)));
+    }
+    __syncwarp();
+  }
   wait_for_previous();
 
   // This block's share of the output: groups of 8 tokens, in items of 4 neighbouring rows.
@@ -396,7 +399,7 @@ void launch_spread(const Context& ctx, const FewLinear& a, const Spread& s) {
                         a.residual,
                         a.norm,
                         static_cast<const char*>(a.ahead),
-                        a.ahead_bytes,
+                        aligned({a.ahead}) ? a.ahead_bytes / 16 * 16 : 0,
                         a.eps,
                         static_cast<int>(a.m),
                         static_cast<int>(n_out),
