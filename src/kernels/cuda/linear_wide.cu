@@ -26,7 +26,7 @@
 namespace mm::cuda {
 namespace {
 
-constexpr int n_thread = 288, copy_warp = 8, n_finish = 256;  // threads that write the output
+constexpr int n_thread = 288;
 constexpr int tile_rows = 64, block_k = 128, max_steps = 20, max_slots = 12, max_tokens = 128, max_parts = 4;
 constexpr int w_tile = tile_rows * block_k * 2, max_shared = 227 << 10, two_blocks = (228 << 10) / 2 - 1024;
 
@@ -60,32 +60,12 @@ struct WideParams {
   int steps, slots, tail;
 };
 
-// *p of block `rank` of the cluster.
-__device__ __forceinline__ void cluster_store(uint32_t address, int rank, float4 v) {
-  asm volatile(
-      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-      "st.shared::cluster.v4.f32 [remote], {%2, %3, %4, %5};\n}\n" ::"r"(address),
-      "r"(rank), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
-      : "memory");
-}
-__device__ __forceinline__ void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-__device__ __forceinline__ void draw_into_l2(const void* p, uint32_t bytes) {  // multiples of 16
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ uint32_t multiply(uint32_t a, uint32_t b) {
-  const __nv_bfloat162 d =
-      __hmul2(*reinterpret_cast<const __nv_bfloat162*>(&a), *reinterpret_cast<const __nv_bfloat162*>(&b));
-  return *reinterpret_cast<const uint32_t*>(&d);
-}
-
 // Blocks: P parts of k, then tiles of rows, then of tokens.
 template <int kTiles, int N, int P, bool kSwiglu>
 __global__ void __launch_bounds__(n_thread, 2) wide_kernel(const __grid_constant__ WideParams a) {
 #if defined(MM_SM90A)
   using namespace hopper;
+  constexpr int copy_warp = 8, n_finish = 256;  // threads that write the output
   constexpr int x_k = slot_k(kTiles), x_slot = slot_bytes(kTiles, N), groups = N / 8, halves = x_k / 64;
   constexpr int out_rows = kSwiglu ? tile_rows : kTiles * tile_rows,
                 padded = out_rows + 4;  // floats: no bank conflicts
@@ -135,7 +115,7 @@ __global__ void __launch_bounds__(n_thread, 2) wide_kernel(const __grid_constant
                   end = min(first + run, a.ahead_bytes);
     if (elect_one()) {
       for (int64_t at = first; at < end; at += 16384)
-        draw_into_l2(a.ahead + at, static_cast<uint32_t>(min(int64_t{16384}, end - at)));
+        prefetch_l2(a.ahead + at, static_cast<uint32_t>(min(int64_t{16384}, end - at)));
     }
     __syncwarp();
   }
@@ -173,6 +153,11 @@ __global__ void __launch_bounds__(n_thread, 2) wide_kernel(const __grid_constant
     __syncwarp();
   } else if (warp >= 4) {
     if (a.norm != nullptr) {
+      const auto multiply = [](uint32_t u, uint32_t v) {
+        const __nv_bfloat162 y =
+            __hmul2(*reinterpret_cast<const __nv_bfloat162*>(&u), *reinterpret_cast<const __nv_bfloat162*>(&v));
+        return *reinterpret_cast<const uint32_t*>(&y);
+      };
       // A thread's chunks of 16 bytes lie in rows that are equal modulo 8, so they are the same columns of 64.
       const int t = thread - 128, column = (t ^ t / 8) & 7;
       float s[N / 16] = {};
@@ -340,6 +325,7 @@ int64_t blocks_of(const FewLinear& a, const Spread& s) {
 bool complete(const Context& ctx, const FewLinear& a, Spread& s) {
   if (a.swiglu && s.tiles != 2) return false;
   if (s.tiles == 2 && (a.residual != nullptr || s.parts > 1)) return false;
+  if (s.columns == 16 && (s.tiles == 2 || s.parts > 2)) return false;
   if (s.parts > 1 && a.norm != nullptr) return false;
   const int64_t all = div_up(a.k, block_k);
   if (all < s.parts || div_up(all, s.parts) > max_steps) return false;
@@ -420,6 +406,10 @@ void launch_spread(const Context& ctx, const FewLinear& a, const Spread& s) {
       default: return launch_wide<1, N, 4, false>(ctx, p, s, blocks);
     }
   };
+  if (s.columns == 16) {
+    if (s.parts == 1) return launch_wide<1, 16, 1, false>(ctx, p, s, blocks);
+    return launch_wide<1, 16, 2, false>(ctx, p, s, blocks);
+  }
   if (s.columns == 32) with(std::integral_constant<int, 32>{});
   else if (s.columns == 48) with(std::integral_constant<int, 48>{});
   else with(std::integral_constant<int, 64>{});
