@@ -389,6 +389,94 @@ TEST_F(CudaInfer, AttentionReadsOldKeysEarly) {
   }
 }
 
+// One launch that norms, rotates, writes the last keys and attends, against two.
+void check_attention_rope(int n_head, int n_kv_head, int d, bool norm, const std::vector<int32_t>& n_key) {
+  const std::string what = "heads " + std::to_string(n_head) + "/" + std::to_string(n_kv_head) + " d " +
+                           std::to_string(d) + " rows " + std::to_string(n_key.size()) + " keys " +
+                           std::to_string(n_key[0]);
+  const auto rows = static_cast<int64_t>(n_key.size());
+  const int64_t longest = *std::max_element(n_key.begin(), n_key.end()), block = 16, table_ld = longest / block + 1,
+                pool_rows = rows * table_ld * block;
+  const auto width = static_cast<size_t>((n_head + 2 * n_kv_head) * d),
+             q_size = static_cast<size_t>(rows) * static_cast<size_t>(n_head * d);
+  std::vector<int32_t> seq, positions, slots, table;
+  for (int64_t r = 0; r < rows; r++) {
+    const int32_t keys = n_key[static_cast<size_t>(r)], last = keys - 1;
+    seq.push_back(static_cast<int32_t>(r)), positions.push_back(std::max(last, 0));
+    for (int64_t b = 0; b < table_ld; b++) table.push_back(static_cast<int32_t>((b * rows + (rows - 1 - r)) * block));
+    const auto at = static_cast<size_t>(r * table_ld + last / block);
+    slots.push_back(keys > 0 ? table[at] + static_cast<int32_t>(last % block) : -1);
+  }
+  const Device<unsigned char> qkv(encode(bf16, normal(static_cast<size_t>(rows) * width, 71, 1.5f))),
+      q_weight(encode(bf16, normal(static_cast<size_t>(d), 72))),
+      k_weight(encode(bf16, normal(static_cast<size_t>(d), 73))), q(Bytes(q_size * 2, 0x2a)),
+      out(Bytes(q_size * 2, 0x2a)), fused(Bytes(q_size * 2, 0x2a));
+  const auto table_size = static_cast<size_t>(longest * d / 2);
+  const Device<float> cos(normal(table_size, 74)), sin(normal(table_size, 75));
+  const Device<int32_t> seq_d(seq), n_key_d(n_key), positions_d(positions), slots_d(slots), table_d(table);
+  const auto pool = [&](uint64_t seed) {
+    Pool p(KvFormat::bf16, pool_rows, n_kv_head, d);
+    p.fill(normal(static_cast<size_t>(pool_rows * n_kv_head * d), seed));
+    return p.data.get();
+  };
+  const Bytes k_bytes = pool(76), v_bytes = pool(77);
+  const Device<unsigned char> k(k_bytes), v(v_bytes), k2(k_bytes), v2(v_bytes);
+  const cuda::NormRope rope = {.q_weight = norm ? q_weight.pointer() : nullptr,
+                               .k_weight = norm ? k_weight.pointer() : nullptr,
+                               .cos = cos,
+                               .sin = sin,
+                               .positions = positions_d,
+                               .n = rows,
+                               .n_head = n_head,
+                               .n_kv_head = n_kv_head,
+                               .d_head = d};
+  cuda::PagedAttention a = {.q = q,
+                            .out = out,
+                            .ldq = n_head * d,
+                            .ldo = n_head * d,
+                            .seq = seq_d,
+                            .n_key = n_key_d,
+                            .table = table_d,
+                            .table_ld = table_ld,
+                            .block_shift = 4,
+                            .n_row = rows,
+                            .max_key = longest,
+                            .n_new = 1,
+                            .n_head = n_head,
+                            .n_kv_head = n_kv_head,
+                            .d_head = d,
+                            .scale = 0.1f};
+  const cuda::KvLayer one = {KvFormat::bf16, k, v, nullptr, nullptr}, two = {KvFormat::bf16, k2, v2, nullptr, nullptr};
+  cuda::paged_norm_rope(context(), bf16, q, one, nullptr, nullptr, slots_d, qkv, rope);
+  cuda::attention_paged(context(), bf16, one, a);
+  a.q = nullptr, a.ldq = 0, a.out = fused, a.qkv = qkv, a.rope = rope;
+  ASSERT_TRUE(cuda::attention_paged_ropes(context(), bf16, two, a)) << what;
+  cuda::attention_paged(context(), bf16, two, a);
+  const auto close = [&](const char* which, const Device<unsigned char>& x, const Device<unsigned char>& y,
+                         double tolerance) {
+    const std::vector<float> want = decode(bf16, y.get());
+    expect_close(what + which, decode(bf16, x.get()), std::vector<double>(want.begin(), want.end()), tolerance, 0.5);
+  };
+  close(" keys", k2, k, 2 * unit_of(bf16));
+  close(" values", v2, v, 0);
+  close(" out", fused, out, 8 * unit_of(bf16));
+}
+
+TEST_F(CudaInfer, AttentionWithRope) {
+  if (context().arch < 90) GTEST_SKIP() << "NOT TESTED: no Hopper";
+  for (const bool norm : {true, false}) {
+    for (const int32_t keys : {1, 2, 16, 17, 33, 100, 129, 250, 600}) {
+      std::vector<int32_t> many;
+      for (int32_t i = 0; i < 70; i++) many.push_back(i % 9 == 4 ? 0 : std::max(1, keys - i % 4 * (keys / 5)));
+      check_attention_rope(8, 4, 96, norm, many);
+      check_attention_rope(8, 4, 96, norm, {keys, 0, 5});
+      check_attention_rope(8, 2, 64, norm, {keys, 3});
+      check_attention_rope(4, 4, 128, norm, {keys, 40});
+      check_attention_rope(6, 1, 96, norm, {keys});
+    }
+  }
+}
+
 TEST_F(CudaInfer, AttentionRowsDoNotDependOnTheBatch) {
   for (const KvFormat format : {KvFormat::bf16, KvFormat::i8}) {
     std::vector<int32_t> n_key;

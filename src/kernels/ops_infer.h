@@ -38,6 +38,10 @@ struct PagedAttention {
   float scale = 1.0f;
 };
 void attention_paged(const Device& dev, View out, View q, const InferKv& kv, int64_t layer, const PagedAttention& a);
+// paged_norm_rope and attention_paged in one launch, for one row a sequence whose key is its last (n_new 1). False
+// where only two can do it; then nothing was done.
+bool attention_paged_rope(const Device& dev, View out, const InferKv& kv, int64_t layer, const PagedAttention& a,
+                          View qkv, const NormRope& rope);
 
 void quantize_i8(const Device& dev, const InferMatrix& to, View w);                           // w f32 [n, k]
 void linear_i8(const Device& dev, View y, View x, const InferMatrix& w, View residual = {});  // y = x w^T (+ residual)

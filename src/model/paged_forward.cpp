@@ -86,30 +86,31 @@ void paged_forward(const Device& dev, const GpuWeights& weights, const InferKv& 
     const InferLayer* next = l + 1 < c.num_hidden_layers ? &m.layers[l + 1] : nullptr;
     norm_product(dev, a.qkv, a.h_in, x, w.input_norm, c.rms_norm_eps, matrices.qkv,
                  c.is_moe() ? nullptr : &matrices.gate_up);
-    ops::paged_norm_rope(dev, a.q, kv, l, packed ? a.k : View(), packed ? scratch.v.row_slice(0, b.n_tok) : View(),
-                         b.slots, a.qkv,
-                         {.q_weight = w.q_norm,
-                          .k_weight = w.k_norm,
-                          .cos = m.cos,
-                          .sin = m.sin,
-                          .positions = b.positions,
-                          .eps = c.rms_norm_eps,
-                          .n = b.n_tok,
-                          .n_head = m.n_head,
-                          .n_kv_head = m.n_kv_head,
-                          .d_head = m.d_head});
-    if (b.n_decode > 0) {
-      ops::attention_paged(dev, a.attn.row_slice(0, b.n_decode), a.q.row_slice(0, b.n_decode), kv, l,
-                           {.seq = b.seq,
-                            .n_key = b.n_key,
-                            .table = b.table,
-                            .max_key = b.max_key,
-                            .n_new = b.n_new,
-                            .invariant = b.invariant,
-                            .n_head = m.n_head,
-                            .n_kv_head = m.n_kv_head,
-                            .d_head = m.d_head,
-                            .scale = m.attention_scale});
+    const ops::NormRope rope = {.q_weight = w.q_norm,
+                                .k_weight = w.k_norm,
+                                .cos = m.cos,
+                                .sin = m.sin,
+                                .positions = b.positions,
+                                .eps = c.rms_norm_eps,
+                                .n = b.n_tok,
+                                .n_head = m.n_head,
+                                .n_kv_head = m.n_kv_head,
+                                .d_head = m.d_head};
+    const ops::PagedAttention rows = {.seq = b.seq,
+                                      .n_key = b.n_key,
+                                      .table = b.table,
+                                      .max_key = b.max_key,
+                                      .n_new = b.n_new,
+                                      .invariant = b.invariant,
+                                      .n_head = m.n_head,
+                                      .n_kv_head = m.n_kv_head,
+                                      .d_head = m.d_head,
+                                      .scale = m.attention_scale};
+    if (b.n_decode < b.n_tok || !ops::attention_paged_rope(dev, a.attn, kv, l, rows, a.qkv, rope)) {
+      ops::paged_norm_rope(dev, a.q, kv, l, packed ? a.k : View(), packed ? scratch.v.row_slice(0, b.n_tok) : View(),
+                           b.slots, a.qkv, rope);
+      if (b.n_decode > 0)
+        ops::attention_paged(dev, a.attn.row_slice(0, b.n_decode), a.q.row_slice(0, b.n_decode), kv, l, rows);
     }
     if (b.prompts != nullptr) prompt_attention(dev, c, m, kv, l, b, a, scratch);
     product(dev, x, a.attn, matrices.o, x, c.is_moe() ? nullptr : &matrices.down);

@@ -49,7 +49,12 @@ struct PagedAttention {
   bool invariant = false;  // the split depends on n_key alone, so that a row's bits do not depend on the batch
   int n_head = 0, n_kv_head = 0, d_head = 0;
   float scale = 1.0f;
+  // Not null: [n_row, (n_head + 2 n_kv_head) d_head] T, one row a sequence; q is not read, and the kernel does what
+  // paged_norm_rope does for a token: `rope` (its weights, tables and positions) and the write of the last key.
+  const void* qkv = nullptr;
+  NormRope rope;
 };
+bool attention_paged_ropes(const Context& ctx, DType t, const KvLayer& kv, const PagedAttention& a);  // can it?
 void attention_paged(const Context& ctx, DType t, const KvLayer& kv, const PagedAttention& a);
 
 // --- int8 weights: gemm_i8.cu ------------------------------------------------------------------------------------
