@@ -1,8 +1,8 @@
 // y [m, n] = f(norm(x) [m, k] w^T) (+ residual) in bf16 for the 33 to 128 tokens of a decode step on a Hopper (TMA,
 // wgmma), with the RMSNorm before and the SwiGLU or the residual behind in the same launch:
 //
-//   tile      kTiles times 64 weight rows, the rows of wgmma m64nNk16 (with SwiGLU 64 of the gate and the 64 of `up`
-//             that belong to them), and N tokens, its columns; those behind the last arrive as zeros
+//   tile      kTiles times 64 weight rows, the rows of wgmma m64nNk16 (with SwiGLU half of them of the gate, half of
+//             `up`), and N tokens, its columns; those behind the last arrive as zeros
 //   k         all of it in one block where w's tile fits its shared memory, else split over the P blocks of a cluster
 //   warps     0 to 3 multiply, 4 to 7 norm, 8 copies
 //   overlap   all of a block's weights are copied before the kernel waits for the one before it, and the weights that
@@ -30,9 +30,14 @@ constexpr int n_thread = 288;
 constexpr int tile_rows = 64, block_k = 128, max_steps = 20, max_slots = 12, max_tokens = 128, max_parts = 4;
 constexpr int w_tile = tile_rows * block_k * 2, max_shared = 227 << 10, two_blocks = (228 << 10) / 2 - 1024;
 
-// Columns of k a slot of the ring: few large copies, but enough of them under way beside the weights of two tiles.
-__host__ __device__ constexpr int slot_k(int tiles) { return tiles == 2 ? 64 : 128; }
-__host__ __device__ constexpr int slot_bytes(int tiles, int columns) { return columns * slot_k(tiles) * 2; }
+// Columns of k a slot of the ring: few large copies, but enough of them under way beside many weights.
+__host__ __device__ constexpr int slot_k(int tiles, bool swiglu) { return tiles == 2 || swiglu ? 64 : 128; }
+__host__ __device__ constexpr int slot_bytes(int tiles, bool swiglu, int columns) {
+  return columns * slot_k(tiles, swiglu) * 2;
+}
+// Rows of the output a block, and rows of sums that it stages for it: one tile with SwiGLU is half gate, half up.
+__host__ __device__ constexpr int rows_out(int tiles, bool swiglu) { return tiles * tile_rows / (swiglu ? 2 : 1); }
+__host__ __device__ constexpr int rows_staged(int tiles, bool swiglu) { return swiglu ? tile_rows : tiles * tile_rows; }
 __host__ __device__ constexpr int groups_of(int columns, int parts) {
   return (columns / 8 + parts - 1) / parts;
 }  // of 8 tokens a block ends
@@ -66,10 +71,11 @@ __global__ void __launch_bounds__(n_thread, 2) wide_kernel(const __grid_constant
 #if defined(MM_SM90A)
   using namespace hopper;
   constexpr int copy_warp = 8, n_finish = 256;  // threads that write the output
-  constexpr int x_k = slot_k(kTiles), x_slot = slot_bytes(kTiles, N), groups = N / 8, halves = x_k / 64;
-  constexpr int out_rows = kSwiglu ? tile_rows : kTiles * tile_rows,
-                padded = out_rows + 4;  // floats: no bank conflicts
-  static_assert(!kSwiglu || kTiles == 2);
+  constexpr int x_k = slot_k(kTiles, kSwiglu), x_slot = slot_bytes(kTiles, kSwiglu, N), groups = N / 8,
+                halves = x_k / 64;
+  constexpr int out_rows = rows_out(kTiles, kSwiglu),
+                padded = rows_staged(kTiles, kSwiglu) + 4;  // floats: no bank conflicts
+  constexpr bool mixed = kSwiglu && kTiles == 1;            // a tile of 32 rows of the gate and 32 of `up`
   static_assert(P == 1 || kTiles == 1);
   extern __shared__ __align__(1024) unsigned char memory[];
   unsigned char *const w_at = memory, *const x_at = memory + a.steps * kTiles * w_tile, *const tail = memory + a.tail;
@@ -92,10 +98,17 @@ __global__ void __launch_bounds__(n_thread, 2) wide_kernel(const __grid_constant
       mbarrier_init_fence();
       for (int i = 0; i < steps; i++) {
         mbarrier_arrive_expect(&w_full[i], kTiles * w_tile);
+        if constexpr (mixed) {
 #pragma unroll
-        for (int t = 0; t < kTiles; t++)
-          tma_load_3d(w_at + (i * kTiles + t) * w_tile, &a.w, &w_full[i], 0, row0 + t * (kSwiglu ? a.up : tile_rows),
-                      (begin + i) * 2);
+          for (int t = 0; t < 4; t++)
+            tma_load_3d(w_at + i * w_tile + t * (w_tile / 4), &a.w, &w_full[i], 0, row0 + t % 2 * a.up,
+                        (begin + i) * 2 + t / 2);
+        } else {
+#pragma unroll
+          for (int t = 0; t < kTiles; t++)
+            tma_load_3d(w_at + (i * kTiles + t) * w_tile, &a.w, &w_full[i], 0, row0 + t * (kSwiglu ? a.up : tile_rows),
+                        (begin + i) * 2);
+        }
       }
       prefetch_tensor_map(&a.x);
     }
@@ -129,8 +142,8 @@ __global__ void __launch_bounds__(n_thread, 2) wide_kernel(const __grid_constant
   const auto item_at = [&](int i) {
     return static_cast<int64_t>(first_token + token0 + i / per_token) * a.n_out + row0 + i % per_token * 4;
   };
-  uint2 add[kTiles == 1 ? chunks : 1] = {};
-  if constexpr (kTiles == 1) {
+  uint2 add[chunks] = {};
+  if constexpr (kTiles == 1 && !kSwiglu) {
     if (a.residual != nullptr && warp < copy_warp) {
 #pragma unroll
       for (int c = 0; c < chunks; c++) {
@@ -235,6 +248,7 @@ __global__ void __launch_bounds__(n_thread, 2) wide_kernel(const __grid_constant
   }
   __syncthreads();  // w and x have been read, factors are known
 
+  const auto silu = [](float z) { return z / (1.0f + __expf(-z)); };
   // d[t][i]: row 16 warp + lane / 4 + 8 (i / 2 % 2) of tile t, token 8 (i / 4) + 2 (lane % 4) + i % 2.
   float* const sums = reinterpret_cast<float*>(memory);  // [token][padded]
   if constexpr (P > 1) {
@@ -273,12 +287,12 @@ __global__ void __launch_bounds__(n_thread, 2) wide_kernel(const __grid_constant
       const int token = 8 * g + 2 * (lane % 4);
       const float2 r = a.norm != nullptr ? *reinterpret_cast<const float2*>(factor + token) : make_float2(1.0f, 1.0f);
 #pragma unroll
-      for (int t = 0; t < (kSwiglu ? 1 : kTiles); t++) {
+      for (int t = 0; t < rows_staged(kTiles, kSwiglu) / tile_rows; t++) {
 #pragma unroll
         for (int e = 0; e < 4; e++) {
           const float f = e % 2 == 0 ? r.x : r.y;
           float v = d[t][4 * g + e] * f;
-          if constexpr (kSwiglu) v = v / (1.0f + __expf(-v)) * (d[kTiles - 1][4 * g + e] * f);
+          if constexpr (kSwiglu && !mixed) v = silu(v) * (d[kTiles - 1][4 * g + e] * f);
           sums[(token + e % 2) * padded + t * tile_rows + warp * 16 + lane / 4 + e / 2 * 8] = v;
         }
       }
@@ -290,8 +304,13 @@ __global__ void __launch_bounds__(n_thread, 2) wide_kernel(const __grid_constant
   for (int c = 0; c < chunks; c++) {
     const int i = thread + c * n_finish;
     if (!is_item(i)) continue;
-    float4 out = *reinterpret_cast<const float4*>(sums + i / per_token * padded + i % per_token * 4);
-    if constexpr (kTiles == 1) {
+    const float* from = sums + i / per_token * padded + i % per_token * 4;
+    float4 out = *reinterpret_cast<const float4*>(from);
+    if constexpr (mixed) {
+      const float4 by = *reinterpret_cast<const float4*>(from + tile_rows / 2);
+      out = make_float4(silu(out.x) * by.x, silu(out.y) * by.y, silu(out.z) * by.z, silu(out.w) * by.w);
+    }
+    if constexpr (kTiles == 1 && !kSwiglu) {
       if (a.residual != nullptr) {
         const float2 lo = unpack2<bf16>(add[c].x), hi = unpack2<bf16>(add[c].y);
         out = make_float4(out.x + lo.x, out.y + lo.y, out.z + hi.x, out.w + hi.y);
@@ -316,40 +335,40 @@ CUtensorMap rows_map(const void* p, int64_t rows, int64_t k, int box_rows, int d
   return map;
 }
 
+int64_t rows_of(const FewLinear& a) { return a.swiglu ? a.n / 2 : a.n; }
 int64_t blocks_of(const FewLinear& a, const Spread& s) {
-  const int64_t rows = a.swiglu ? a.n / 2 : a.n, per_block = a.swiglu ? tile_rows : s.tiles * tile_rows;
-  return div_up(rows, per_block) * div_up(a.m, s.columns) * s.parts;
+  return div_up(rows_of(a), rows_out(s.tiles, a.swiglu)) * div_up(a.m, s.columns) * s.parts;
 }
 
 // Completes a spread of which tiles, columns, parts and, if not 0, slots are given; false: it does not fit one wave.
 bool complete(const Context& ctx, const FewLinear& a, Spread& s) {
-  if (a.swiglu && s.tiles != 2) return false;
-  if (s.tiles == 2 && (a.residual != nullptr || s.parts > 1)) return false;
-  if (s.columns == 16 && (s.tiles == 2 || s.parts > 2)) return false;
+  if ((s.tiles == 2 || a.swiglu) && (a.residual != nullptr || s.parts > 1 || s.columns == 16)) return false;
+  if (s.columns == 16 && s.parts > 2) return false;
   if (s.parts > 1 && a.norm != nullptr) return false;
   const int64_t all = div_up(a.k, block_k);
   if (all < s.parts || div_up(all, s.parts) > max_steps) return false;
   s.steps = static_cast<int>(div_up(all, s.parts));
-  const int out_rows = a.swiglu ? tile_rows : s.tiles * tile_rows, slot = slot_bytes(s.tiles, s.columns);
+  const int slot = slot_bytes(s.tiles, a.swiglu, s.columns);
   const int fixed = barrier_bytes + factor_bytes + sent_bytes(s.columns, s.parts) +
                     (a.norm != nullptr ? s.steps * block_k * 2 : 0),
-            w = s.steps * s.tiles * w_tile, wanted = s.steps * (block_k / slot_k(s.tiles));
+            w = s.steps * s.tiles * w_tile, wanted = s.steps * (block_k / slot_k(s.tiles, a.swiglu));
   const int room = std::min((max_shared - fixed - w) / slot, max_slots);
   s.slots = std::min(s.slots == 0 ? wanted : std::min(s.slots, wanted), room);
   if (s.slots < std::min(wanted, 2)) return false;
-  s.tail = std::max(w + s.slots * slot, s.columns * (out_rows + 4) * 4);
+  s.tail = std::max(w + s.slots * slot, s.columns * (rows_staged(s.tiles, a.swiglu) + 4) * 4);
   s.shared = s.tail + fixed;
   return s.shared <= max_shared && blocks_of(a, s) <= (s.shared <= two_blocks ? 2 : 1) * int64_t{ctx.n_sm};
 }
 
 // An estimate of the clocks behind the wait for the kernel before: what arrives and what is multiplied pass together.
-double clocks_of(const FewLinear& a, const Spread& s) {
-  const double k = s.steps * block_k, x = 2.0 * s.columns * k / 45;
+double clocks_of(const Context& ctx, const FewLinear& a, const Spread& s) {
+  const int per_sm = blocks_of(a, s) > ctx.n_sm ? 2 : 1;
+  const double k = s.steps * block_k * per_sm, x = 2.0 * s.columns * k / 45;
   const double products = s.tiles * k / 16 * std::max(16 + s.columns / 4, s.columns / 2);
-  const double under_way = std::min(1.0, s.slots * slot_bytes(s.tiles, s.columns) / 32768.0);
+  const double under_way = std::min(1.0, per_sm * s.slots * slot_bytes(s.tiles, a.swiglu, s.columns) / 32768.0);
   const double weights = 2.0 * static_cast<double>(a.n * a.k * div_up(a.m, s.columns)) / 3700;  // from L2, mostly ahead
   return 800 + std::max(x / under_way, products) + 0.25 * weights + (s.parts > 1 ? 900 + 100 * s.parts : 0) +
-         4.0 * s.columns * (a.swiglu ? 1 : s.tiles);
+         s.columns * rows_staged(s.tiles, a.swiglu) / 16.0;
 }
 
 Spread spread_of(const Context& ctx, const FewLinear& a) {
@@ -359,7 +378,7 @@ Spread spread_of(const Context& ctx, const FewLinear& a) {
       for (int parts = 1; parts <= max_parts; parts++) {
         Spread s = {.tiles = tiles, .columns = columns, .parts = parts};
         if (!complete(ctx, a, s)) continue;
-        if (best.columns == 0 || clocks_of(a, s) < clocks_of(a, best)) best = s;
+        if (best.columns == 0 || clocks_of(ctx, a, s) < clocks_of(ctx, a, best)) best = s;
       }
     }
   }
@@ -378,9 +397,10 @@ void launch_wide(const Context& ctx, const WideParams& p, const Spread& s, int64
 }
 
 void launch_spread(const Context& ctx, const FewLinear& a, const Spread& s) {
-  const int64_t n_out = a.swiglu ? a.n / 2 : a.n;
-  const WideParams p = {rows_map(a.w, a.n, a.k, tile_rows, 2),
-                        rows_map(a.x, a.m, a.k, s.columns, slot_k(s.tiles) / 64),
+  const int64_t n_out = rows_of(a);
+  const bool mixed = a.swiglu && s.tiles == 1;
+  const WideParams p = {rows_map(a.w, a.n, a.k, mixed ? tile_rows / 2 : tile_rows, mixed ? 1 : 2),
+                        rows_map(a.x, a.m, a.k, s.columns, slot_k(s.tiles, a.swiglu) / 64),
                         a.y,
                         a.residual,
                         a.norm,
@@ -391,12 +411,13 @@ void launch_spread(const Context& ctx, const FewLinear& a, const Spread& s) {
                         static_cast<int>(n_out),
                         static_cast<int>(a.k),
                         a.swiglu ? static_cast<int>(n_out) : 0,
-                        static_cast<int>(div_up(n_out, a.swiglu ? tile_rows : s.tiles * tile_rows)),
+                        static_cast<int>(div_up(n_out, rows_out(s.tiles, a.swiglu))),
                         s.steps,
                         s.slots,
                         s.tail};
   const int64_t blocks = blocks_of(a, s);
   const auto with = [&]<int N>(std::integral_constant<int, N>) {
+    if (mixed) return launch_wide<1, N, 1, true>(ctx, p, s, blocks);
     if (a.swiglu) return launch_wide<2, N, 1, true>(ctx, p, s, blocks);
     if (s.tiles == 2) return launch_wide<2, N, 1, false>(ctx, p, s, blocks);
     switch (s.parts) {
