@@ -258,6 +258,7 @@ void CudaRunner::run_decode(const StepBatch& b, const Layout& l, const Shape& sh
 void CudaRunner::run_graph(const StepBatch& b, const Layout& l, const Shape& shape) {
   PagedBatch p = device_batch(l, b, shape);
   p.out_rows = nullptr;
+  p.n_new = 1;  // one token a sequence
   logits_ = scratch_.logits.row_slice(0, l.n_out);
   graphs_.run(dev_, {l.n_tok, l.table_ld}, [&] {
     ops::resolve_ids(dev_, at<int32_t>(l.ids), static_cast<const int32_t*>(gpu_ids_.data()), l.n_tok);

@@ -235,6 +235,7 @@ struct AttentionCase {
   std::vector<int32_t> n_key;  // one row a sequence; 0: padding
   bool invariant = false;
   int nan_row = -1;  // its last key is NaN
+  int n_new = 1 << 30;
 };
 
 struct AttentionRun {
@@ -298,6 +299,7 @@ AttentionRun run_attention(const AttentionCase& c, const std::vector<int32_t>& r
                                   .block_shift = c.shift,
                                   .n_row = n_row,
                                   .max_key = longest,
+                                  .n_new = c.n_new,
                                   .invariant = c.invariant,
                                   .n_head = c.n_head,
                                   .n_kv_head = c.n_kv_head,
@@ -363,6 +365,114 @@ TEST_F(CudaInfer, AttentionOverPages) {
       check_attention({t, format, 6, 2, 96, 4, {129, 77}});
       check_attention({t, format, 8, 2, 64, 11, {2000}});
       check_attention({t, format, 8, 4, 96, 4, std::vector<int32_t>(70, 33)});
+    }
+  }
+}
+
+TEST_F(CudaInfer, AttentionReadsOldKeysEarly) {
+  for (const DType t : {bf16, f16}) {
+    for (const KvFormat format : {t == bf16 ? KvFormat::bf16 : KvFormat::f16, KvFormat::i8}) {
+      for (const int32_t rows : {3, 70}) {
+        for (const int32_t keys : {1, 15, 16, 17, 32, 33, 100, 129, 250, 300, 700}) {
+          std::vector<int32_t> n_key;
+          for (int32_t i = 0; i < rows; i++) n_key.push_back(std::max(i % 7 == 5 ? 0 : 1, keys - i % 3 * (keys / 4)));
+          AttentionCase c = {t, format, 8, 4, 96, 4, n_key};
+          c.n_new = 1;
+          const AttentionRun early = run_attention(c, all_rows(c), true);
+          expect_close("keys " + std::to_string(keys), early.got, early.want,
+                       2 * unit_of(t) + (format == KvFormat::i8 ? 8e-3 : 0), 0.5);
+          c.n_new = 1 << 30;
+          EXPECT_EQ(run_attention(c, all_rows(c), false).got, early.got) << keys;
+        }
+      }
+    }
+  }
+}
+
+// One launch that norms, rotates, writes the last keys and attends, against two.
+void check_attention_rope(int n_head, int n_kv_head, int d, bool norm, const std::vector<int32_t>& n_key) {
+  const std::string what = "heads " + std::to_string(n_head) + "/" + std::to_string(n_kv_head) + " d " +
+                           std::to_string(d) + " rows " + std::to_string(n_key.size()) + " keys " +
+                           std::to_string(n_key[0]);
+  const auto rows = static_cast<int64_t>(n_key.size());
+  const int64_t longest = *std::max_element(n_key.begin(), n_key.end()), block = 16, table_ld = longest / block + 1,
+                pool_rows = rows * table_ld * block;
+  const auto width = static_cast<size_t>((n_head + 2 * n_kv_head) * d),
+             q_size = static_cast<size_t>(rows) * static_cast<size_t>(n_head * d);
+  std::vector<int32_t> seq, positions, slots, table;
+  for (int64_t r = 0; r < rows; r++) {
+    const int32_t keys = n_key[static_cast<size_t>(r)], last = keys - 1;
+    seq.push_back(static_cast<int32_t>(r)), positions.push_back(std::max(last, 0));
+    for (int64_t b = 0; b < table_ld; b++) table.push_back(static_cast<int32_t>((b * rows + (rows - 1 - r)) * block));
+    const auto at = static_cast<size_t>(r * table_ld + last / block);
+    slots.push_back(keys > 0 ? table[at] + static_cast<int32_t>(last % block) : -1);
+  }
+  const Device<unsigned char> qkv(encode(bf16, normal(static_cast<size_t>(rows) * width, 71, 1.5f))),
+      q_weight(encode(bf16, normal(static_cast<size_t>(d), 72))),
+      k_weight(encode(bf16, normal(static_cast<size_t>(d), 73))), q(Bytes(q_size * 2, 0x2a)),
+      out(Bytes(q_size * 2, 0x2a)), fused(Bytes(q_size * 2, 0x2a));
+  const auto table_size = static_cast<size_t>(longest * d / 2);
+  const Device<float> cos(normal(table_size, 74)), sin(normal(table_size, 75));
+  const Device<int32_t> seq_d(seq), n_key_d(n_key), positions_d(positions), slots_d(slots), table_d(table);
+  const auto pool = [&](uint64_t seed) {
+    Pool p(KvFormat::bf16, pool_rows, n_kv_head, d);
+    p.fill(normal(static_cast<size_t>(pool_rows * n_kv_head * d), seed));
+    return p.data.get();
+  };
+  const Bytes k_bytes = pool(76), v_bytes = pool(77);
+  const Device<unsigned char> k(k_bytes), v(v_bytes), k2(k_bytes), v2(v_bytes);
+  const cuda::NormRope rope = {.q_weight = norm ? q_weight.pointer() : nullptr,
+                               .k_weight = norm ? k_weight.pointer() : nullptr,
+                               .cos = cos,
+                               .sin = sin,
+                               .positions = positions_d,
+                               .n = rows,
+                               .n_head = n_head,
+                               .n_kv_head = n_kv_head,
+                               .d_head = d};
+  cuda::PagedAttention a = {.q = q,
+                            .out = out,
+                            .ldq = n_head * d,
+                            .ldo = n_head * d,
+                            .seq = seq_d,
+                            .n_key = n_key_d,
+                            .table = table_d,
+                            .table_ld = table_ld,
+                            .block_shift = 4,
+                            .n_row = rows,
+                            .max_key = longest,
+                            .n_new = 1,
+                            .n_head = n_head,
+                            .n_kv_head = n_kv_head,
+                            .d_head = d,
+                            .scale = 0.1f};
+  const cuda::KvLayer one = {KvFormat::bf16, k, v, nullptr, nullptr}, two = {KvFormat::bf16, k2, v2, nullptr, nullptr};
+  cuda::paged_norm_rope(context(), bf16, q, one, nullptr, nullptr, slots_d, qkv, rope);
+  cuda::attention_paged(context(), bf16, one, a);
+  a.q = nullptr, a.ldq = 0, a.out = fused, a.qkv = qkv, a.rope = rope;
+  ASSERT_TRUE(cuda::attention_paged_ropes(context(), bf16, two, a)) << what;
+  cuda::attention_paged(context(), bf16, two, a);
+  const auto close = [&](const char* which, const Device<unsigned char>& x, const Device<unsigned char>& y,
+                         double tolerance) {
+    const std::vector<float> want = decode(bf16, y.get());
+    expect_close(what + which, decode(bf16, x.get()), std::vector<double>(want.begin(), want.end()), tolerance, 0.5);
+  };
+  close(" keys", k2, k, 2 * unit_of(bf16));
+  close(" values", v2, v, 0);
+  close(" out", fused, out, 8 * unit_of(bf16));
+}
+
+TEST_F(CudaInfer, AttentionWithRope) {
+  if (context().arch < 90) GTEST_SKIP() << "NOT TESTED: no Hopper";
+  for (const bool norm : {true, false}) {
+    for (const int32_t keys : {1, 2, 16, 17, 33, 100, 129, 250, 600}) {
+      std::vector<int32_t> many;
+      for (int32_t i = 0; i < 70; i++) many.push_back(i % 9 == 4 ? 0 : std::max(1, keys - i % 4 * (keys / 5)));
+      check_attention_rope(8, 4, 96, norm, many);
+      check_attention_rope(8, 4, 96, norm, {keys, 0, 5});
+      check_attention_rope(8, 2, 64, norm, {keys, 3});
+      check_attention_rope(4, 4, 128, norm, {keys, 40});
+      check_attention_rope(6, 1, 96, norm, {keys});
     }
   }
 }
@@ -489,7 +599,7 @@ struct FewCase {
   int64_t m, n, k;
 };
 
-void check_few(const FewCase& c) {
+void check_few(const FewCase& c, bool wide = false) {
   const std::string what = std::string(dtype_name(c.t)) + (c.int8 ? " int8" : "") + (c.norm ? " norm" : "") +
                            (c.residual ? " residual" : "") + (c.swiglu ? " swiglu" : "") + " m " + std::to_string(c.m) +
                            " n " + std::to_string(c.n) + " k " + std::to_string(c.k);
@@ -499,7 +609,10 @@ void check_few(const FewCase& c) {
   const Quantized q = quantize(w);
   const int64_t n_out = c.swiglu ? c.n / 2 : c.n;
   const std::vector<float> y = rounded(c.t, normal(static_cast<size_t>(c.m * n_out), 54));
-  const Device<unsigned char> x_d(encode(c.t, x)), y_d(encode(c.t, y)), w_d(encode(c.t, w)), norm_d(encode(c.t, norm));
+  Bytes y_bytes = encode(c.t, y);
+  const size_t y_end = y_bytes.size();
+  y_bytes.resize(y_end + static_cast<size_t>(64 * n_out) * 2, 0x2a);  // rows that a tile of tokens reaches
+  const Device<unsigned char> x_d(encode(c.t, x)), y_d(y_bytes), w_d(encode(c.t, w)), norm_d(encode(c.t, norm));
   const Device<int8_t> data(q.data);
   const Device<uint16_t> scales(q.scales);
   const cuda::FewLinear a = {.y = y_d,
@@ -512,9 +625,15 @@ void check_few(const FewCase& c) {
                              .m = c.m,
                              .n = c.n,
                              .k = c.k};
-  ASSERT_TRUE(cuda::linear_few_fits(c.t, a)) << what;
-  cuda::linear_few(context(), c.t, a);
-  const std::vector<float> got = decode(c.t, y_d.get());
+  ASSERT_TRUE(wide ? cuda::linear_wide_fits(context(), c.t, a) : cuda::linear_few_fits(c.t, a)) << what;
+  if (wide) cuda::linear_wide(context(), c.t, a);
+  else cuda::linear_few(context(), c.t, a);
+  Bytes got_bytes = y_d.get();
+  EXPECT_TRUE(std::all_of(got_bytes.begin() + static_cast<std::ptrdiff_t>(y_end), got_bytes.end(),
+                          [](auto b) { return b == 0x2a; }))
+      << what << ": wrote behind the last row";
+  got_bytes.resize(y_end);
+  const std::vector<float> got = decode(c.t, got_bytes);
   std::vector<double> want;
   std::vector<float> some;
   for (int64_t r = 0; r < c.m; r++) {
@@ -561,6 +680,47 @@ TEST_F(CudaInfer, FewLinear) {
       }
     }
   }
+}
+
+TEST_F(CudaInfer, WideLinear) {
+  if (context().arch != 90) GTEST_SKIP() << "NOT TESTED: no Hopper";
+  for (const int64_t m : {1, 31, 32, 33, 47, 48, 64, 65, 96, 97, 127, 128}) {
+    check_few({bf16, false, false, m % 2 == 0, false, m, 52, 64}, true);  // a half step of k, rows behind the last
+    check_few({bf16, false, true, true, false, m, 1000, 320}, true);
+    check_few({bf16, false, true, false, true, m, 2 * 36, 192}, true);
+    check_few({bf16, false, false, false, true, m, 2 * 132, 704}, true);
+    check_few({bf16, false, false, m % 2 == 1, false, m, 68, 2432}, true);  // k split over a cluster
+  }
+  for (const int64_t m : {33, 48, 64, 96, 128}) {  // of the 64M model
+    check_few({bf16, false, true, false, false, m, 1536, 768}, true);
+    check_few({bf16, false, false, true, false, m, 768, 768}, true);
+    check_few({bf16, false, true, false, true, m, 4864, 768}, true);
+    check_few({bf16, false, false, true, false, m, 768, 2432}, true);
+    check_few({bf16, false, true, false, false, m, 6400, 768}, true);
+  }
+}
+
+TEST_F(CudaInfer, WideLinearTakes) {
+  alignas(16) static unsigned char at[32];
+  cuda::FewLinear a = {.y = at, .x = at, .w = at, .m = 96, .n = 768, .k = 768};
+  if (context().arch != 90) {
+    EXPECT_FALSE(cuda::linear_wide_fits(context(), bf16, a));
+    return;
+  }
+  EXPECT_TRUE(cuda::linear_wide_fits(context(), bf16, a));
+  EXPECT_FALSE(cuda::linear_wide_fits(context(), f16, a));
+  EXPECT_FALSE(cuda::linear_wide_fits(context(), f32, a));
+  const auto refused = [&](auto change) {
+    cuda::FewLinear b = a;
+    change(b);
+    EXPECT_FALSE(cuda::linear_wide_fits(context(), bf16, b)) << b.m << " " << b.n << " " << b.k;
+  };
+  refused([](auto& b) { b.m = 129; });
+  refused([](auto& b) { b.n = 770; });
+  refused([](auto& b) { b.k = 768 + 32; });
+  refused([](auto& b) { b.x = at + 8; });
+  refused([](auto& b) { b.n = 1 << 19; });
+  refused([](auto& b) { b.scales = at; });
 }
 
 }  // namespace

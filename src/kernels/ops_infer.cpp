@@ -23,22 +23,26 @@ static cuda::KvLayer layer_of(const InferKv& kv, int64_t layer, int d_head) {
   return l;
 }
 
+static cuda::NormRope rope_of(const NormRope& a) {
+  return {.q_weight = a.q_weight.data,
+          .k_weight = a.k_weight.data,
+          .cos = a.cos,
+          .sin = a.sin,
+          .positions = a.positions,
+          .eps = a.eps,
+          .n = a.n,
+          .n_head = a.n_head,
+          .n_kv_head = a.n_kv_head,
+          .d_head = a.d_head};
+}
+
 void paged_norm_rope(const Device& dev, View q, const InferKv& kv, int64_t layer, View k, View v, const int32_t* slots,
                      View qkv, const NormRope& a) {
   check_dense(q, a.n, a.n_head * a.d_head, "q");
   check_dense(qkv, a.n, (a.n_head + 2 * a.n_kv_head) * a.d_head, "qkv");
   const Zone zone(dev.profiler, "paged_norm_rope", 2 * moved({qkv}), 10.0 * static_cast<double>(qkv.numel()));
   cuda::paged_norm_rope(gpu(dev), qkv.dtype, q.data, layer_of(kv, layer, a.d_head), k.data, v.data, slots, qkv.data,
-                        {.q_weight = a.q_weight.data,
-                         .k_weight = a.k_weight.data,
-                         .cos = a.cos,
-                         .sin = a.sin,
-                         .positions = a.positions,
-                         .eps = a.eps,
-                         .n = a.n,
-                         .n_head = a.n_head,
-                         .n_kv_head = a.n_kv_head,
-                         .d_head = a.d_head});
+                        rope_of(a));
 }
 
 void kv_gather(const Device& dev, View k, View v, const InferKv& kv, int64_t layer, const int32_t* start,
@@ -55,26 +59,42 @@ void kv_copy_rows(const Device& dev, const InferKv& kv, int64_t n_layer, const i
   cuda::kv_copy_rows(gpu(dev), kv, n_layer, from, to, count, n, max_count, n_kv_head, d_head);
 }
 
+static cuda::PagedAttention attention_of(View out, const PagedAttention& a) {
+  return {.out = out.data,
+          .ldo = out.ld,
+          .seq = a.seq,
+          .n_key = a.n_key,
+          .table = a.table.rows,
+          .table_ld = a.table.ld,
+          .block_shift = a.table.block_shift,
+          .n_row = out.rows(),
+          .max_key = a.max_key,
+          .n_new = a.n_new,
+          .invariant = a.invariant,
+          .n_head = a.n_head,
+          .n_kv_head = a.n_kv_head,
+          .d_head = a.d_head,
+          .scale = a.scale};
+}
+
 void attention_paged(const Device& dev, View out, View q, const InferKv& kv, int64_t layer, const PagedAttention& a) {
   check_2d(q, out.rows(), a.n_head * a.d_head, "q");
   const Zone zone(dev.profiler, "attention_paged", moved({q, out}), 0);  // how many keys only the device knows
-  cuda::attention_paged(gpu(dev), q.dtype, layer_of(kv, layer, a.d_head),
-                        {.q = q.data,
-                         .out = out.data,
-                         .ldq = q.ld,
-                         .ldo = out.ld,
-                         .seq = a.seq,
-                         .n_key = a.n_key,
-                         .table = a.table.rows,
-                         .table_ld = a.table.ld,
-                         .block_shift = a.table.block_shift,
-                         .n_row = q.rows(),
-                         .max_key = a.max_key,
-                         .invariant = a.invariant,
-                         .n_head = a.n_head,
-                         .n_kv_head = a.n_kv_head,
-                         .d_head = a.d_head,
-                         .scale = a.scale});
+  cuda::PagedAttention p = attention_of(out, a);
+  p.q = q.data, p.ldq = q.ld;
+  cuda::attention_paged(gpu(dev), q.dtype, layer_of(kv, layer, a.d_head), p);
+}
+
+bool attention_paged_rope(const Device& dev, View out, const InferKv& kv, int64_t layer, const PagedAttention& a,
+                          View qkv, const NormRope& rope) {
+  check_dense(qkv, out.rows(), (a.n_head + 2 * a.n_kv_head) * a.d_head, "qkv");
+  cuda::PagedAttention p = attention_of(out, a);
+  p.qkv = qkv.data, p.rope = rope_of(rope);
+  const cuda::KvLayer l = layer_of(kv, layer, a.d_head);
+  if (a.n_new != 1 || !cuda::attention_paged_ropes(gpu(dev), out.dtype, l, p)) return false;
+  const Zone zone(dev.profiler, "attention_paged", moved({qkv, out}), 0);
+  cuda::attention_paged(gpu(dev), out.dtype, l, p);
+  return true;
 }
 
 void quantize_i8(const Device& dev, const InferMatrix& to, View w) {
@@ -103,26 +123,34 @@ static bool holds_type(WeightFormat f, DType t) {
 }
 
 bool linear_few(const Device& dev, View y, View x, View norm, float eps, const InferMatrix& w, View residual,
-                bool swiglu) {
-  const cuda::FewLinear a = {.y = y.data,
-                             .x = x.data,
-                             .w = w.data,
-                             .scales = w.format == WeightFormat::i8 ? w.scales : nullptr,
-                             .norm = norm.data,
-                             .residual = residual.data,
-                             .eps = eps,
-                             .swiglu = swiglu,
-                             .m = x.rows(),
-                             .n = w.n,
-                             .k = w.k};
-  if (!holds_type(w.format, x.dtype) || !cuda::linear_few_fits(x.dtype, a) || !cuda::linear_few_pays(a)) return false;
+                bool swiglu, const InferMatrix* ahead) {
+  cuda::FewLinear a = {.y = y.data,
+                       .x = x.data,
+                       .w = w.data,
+                       .scales = w.format == WeightFormat::i8 ? w.scales : nullptr,
+                       .norm = norm.data,
+                       .residual = residual.data,
+                       .eps = eps,
+                       .swiglu = swiglu,
+                       .m = x.rows(),
+                       .n = w.n,
+                       .k = w.k};
+  if (!holds_type(w.format, x.dtype)) return false;
+  const bool few = cuda::linear_few_fits(x.dtype, a) && cuda::linear_few_pays(a);
+  if (!few && !cuda::linear_wide_fits(gpu(dev), x.dtype, a)) return false;
   check_dense(y, a.m, swiglu ? a.n / 2 : a.n, "y");
   check_dense(x, a.m, a.k, "x");
   const double n = static_cast<double>(a.n), k = static_cast<double>(a.k);
   const double bytes = w.format == WeightFormat::i8 ? 1.0 + 2.0 / static_cast<double>(weight_group) : 2.0;
-  const Zone zone(dev.profiler, "linear_few", moved({x, y, residual}) + bytes * n * k,
+  const Zone zone(dev.profiler, few ? "linear_few" : "linear_wide", moved({x, y, residual}) + bytes * n * k,
                   2 * static_cast<double>(a.m) * n * k);
-  cuda::linear_few(gpu(dev), x.dtype, a);
+  if (few) {
+    cuda::linear_few(gpu(dev), x.dtype, a);
+    return true;
+  }
+  if (ahead != nullptr && ahead->format == WeightFormat::bf16)
+    a.ahead = ahead->data, a.ahead_bytes = 2 * ahead->n * ahead->k;
+  cuda::linear_wide(gpu(dev), x.dtype, a);
   return true;
 }
 
@@ -166,9 +194,13 @@ void kv_copy_rows(const Device&, const InferKv&, int64_t, const int32_t*, const 
   no_gpu();
 }
 void attention_paged(const Device&, View, View, const InferKv&, int64_t, const PagedAttention&) { no_gpu(); }
+bool attention_paged_rope(const Device&, View, const InferKv&, int64_t, const PagedAttention&, View, const NormRope&) {
+  no_gpu();
+  return false;
+}
 void quantize_i8(const Device&, const InferMatrix&, View) { no_gpu(); }
 void linear_i8(const Device&, View, View, const InferMatrix&, View) { no_gpu(); }
-bool linear_few(const Device&, View, View, View, float, const InferMatrix&, View, bool) {
+bool linear_few(const Device&, View, View, View, float, const InferMatrix&, View, bool, const InferMatrix*) {
   no_gpu();
   return false;
 }

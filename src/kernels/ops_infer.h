@@ -32,19 +32,25 @@ struct PagedAttention {
   const int32_t *seq = nullptr, *n_key = nullptr;  // [n_row]
   PageTable table;
   int64_t max_key = 0;
+  int n_new = 1 << 30;  // of a row's last keys, at most so many are of this step
   bool invariant = false;
   int n_head = 0, n_kv_head = 0, d_head = 0;
   float scale = 1.0f;
 };
 void attention_paged(const Device& dev, View out, View q, const InferKv& kv, int64_t layer, const PagedAttention& a);
+// paged_norm_rope and attention_paged in one launch, for one row a sequence whose key is its last (n_new 1). False
+// where only two can do it; then nothing was done.
+bool attention_paged_rope(const Device& dev, View out, const InferKv& kv, int64_t layer, const PagedAttention& a,
+                          View qkv, const NormRope& rope);
 
 void quantize_i8(const Device& dev, const InferMatrix& to, View w);                           // w f32 [n, k]
 void linear_i8(const Device& dev, View y, View x, const InferMatrix& w, View residual = {});  // y = x w^T (+ residual)
 // For the few tokens of a decode step, in one launch: y = norm(x) w^T (+ residual), or with swiglu (w: gate, then up
 // rows) silu(gate) * up. norm empty: x as it is. False where launches one after another are faster or the only way;
-// then nothing was done.
+// then nothing was done. ahead: weights that the product after the next will read, which may be drawn into the L2
+// cache.
 bool linear_few(const Device& dev, View y, View x, View norm, float eps, const InferMatrix& w, View residual = {},
-                bool swiglu = false);
+                bool swiglu = false, const InferMatrix* ahead = nullptr);
 
 // ids [n] drawn from logits [n, n_vocab], -1 where impossible.
 void sample_rows(const Device& dev, int32_t* ids, View logits, const RowSampling* params, const LogitEdit* edits,

@@ -17,6 +17,7 @@ struct PagedBatch {
   ops::PageTable table;
   int64_t max_key = 0;                // of the decoding rows, at most
   const int32_t* out_rows = nullptr;  // [n_out]; null: all tokens in order
+  int n_new = 1 << 30;                // of a decoding row's keys, at most so many, the last ones, are of this step
   bool invariant = false;
   // Prompts: where gathered, keys are collected behind one another (kv_start, kv_len of `prompts` point there), else a
   // prompt's keys are its own tokens'.

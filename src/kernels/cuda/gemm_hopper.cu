@@ -1,35 +1,14 @@
 // Host side of the Hopper GEMM: tensor maps, tile shape, launch. Kernel: hopper_gemm.cuh.
-#include <cuda.h>
-
 #include <algorithm>
 #include <cmath>
 
 #include "kernels/cuda/hopper_gemm.cuh"
 #include "kernels/cuda/hopper_gemm.h"
+#include "kernels/cuda/tensor_map.h"
 
 namespace mm::cuda {
 
 namespace {
-
-using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
-                                 const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
-                                 CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-// Through the runtime, so that the program needs no libcuda to start.
-EncodeTiled encode_tiled() {
-  static const EncodeTiled function = [] {
-    void* f = nullptr;
-    cudaDriverEntryPointQueryResult result{};
-#if CUDART_VERSION >= 12050
-    MM_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault, &result));
-#else
-    MM_CUDA_CHECK(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &f, cudaEnableDefault, &result));
-#endif
-    if (f == nullptr) fail("cuTensorMapEncodeTiled", "the driver has none", __FILE__, __LINE__);
-    return reinterpret_cast<EncodeTiled>(f);
-  }();
-  return function;
-}
 
 // bf16 [depth][rows][width], rows ld and planes `plane` elements apart, read in boxes of box_rows x 64 (k-major), or of
 // blocks x box_rows x 64, one block of 64 columns after the other.

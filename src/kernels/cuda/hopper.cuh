@@ -156,12 +156,15 @@ __device__ inline uint64_t wgmma_descriptor(uint32_t address, uint32_t lbo, uint
 }
 
 // clang-format off
+#define MM_R8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define MM_R16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define MM_R32 MM_R16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define MM_R24 MM_R16 ", %16, %17, %18, %19, %20, %21, %22, %23"
 #define MM_R48 MM_R32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define MM_R64 MM_R48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define MM_D8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define MM_D16 MM_D8(0), MM_D8(8)
+#define MM_D24 MM_D16, MM_D8(16)
 #define MM_D32 MM_D16, MM_D8(16), MM_D8(24)
 #define MM_D48 MM_D32, MM_D8(32), MM_D8(40)
 #define MM_D64 MM_D48, MM_D8(48), MM_D8(56)
@@ -182,9 +185,12 @@ __device__ inline uint64_t wgmma_descriptor(uint32_t address, uint32_t lbo, uint
 // MN-major (see above). accumulate 0: d is overwritten.
 template <class T, int N, int kTransA = 0, int kTransB = 0>
 __device__ inline void wgmma_ss(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate) {
-  static_assert(N == 32 || N == 64 || N == 96 || N == 128);
+  static_assert(N == 32 || N == 64 || N == 96 || N == 128 ||
+                (std::is_same_v<T, __nv_bfloat16> && (N == 16 || N == 48)));
   static_assert(sizeof(T) == 2);
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    if constexpr (N == 16) MM_WGMMA_SS(16, "bf16", MM_R8, MM_D8(0), "8", "9", "10", "11", "12");
+    if constexpr (N == 48) MM_WGMMA_SS(48, "bf16", MM_R24, MM_D24, "24", "25", "26", "27", "28");
     if constexpr (N == 32) MM_WGMMA_SS(32, "bf16", MM_R16, MM_D16, "16", "17", "18", "19", "20");
     if constexpr (N == 64) MM_WGMMA_SS(64, "bf16", MM_R32, MM_D32, "32", "33", "34", "35", "36");
     if constexpr (N == 96) MM_WGMMA_SS(96, "bf16", MM_R48, MM_D48, "48", "49", "50", "51", "52");

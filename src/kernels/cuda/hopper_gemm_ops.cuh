@@ -1,6 +1,6 @@
 // What the Hopper GEMM needs of the instruction set beyond hopper.cuh: products 192 and 256 columns wide, TMA loads
-// that write to both blocks of a cluster, barriers of the other block, and 8x8 tiles between registers and shared
-// memory.
+// that write to both blocks of a cluster, barriers and memory of the other blocks, and 8x8 tiles between registers and
+// shared memory.
 #pragma once
 
 #include "kernels/cuda/hopper.cuh"
@@ -15,6 +15,17 @@ __device__ inline uint32_t cluster_rank() {
 // All threads of all blocks of the cluster.
 __device__ inline void cluster_sync() {
   asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
+__device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// To the same shared-memory address of block `rank`.
+__device__ inline void cluster_store(uint32_t address, int rank, float4 v) {
+  asm volatile(
+      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
+      "st.shared::cluster.v4.f32 [remote], {%2, %3, %4, %5};\n}\n" ::"r"(address),
+      "r"(rank), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+      : "memory");
 }
 
 // A value that the whole warp shares, in a form that tells the compiler so: what follows from it (descriptors, loops)
@@ -90,6 +101,9 @@ __device__ inline bool elect_one() {
 }
 
 __device__ inline void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+__device__ inline void prefetch_l2(const void* p, uint32_t bytes) {  // multiples of 16
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
+}
 
 __device__ inline void store_matrices(uint32_t addr, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(addr), "r"(a), "r"(b), "r"(c),

@@ -43,11 +43,18 @@ struct PagedAttention {
   int64_t table_ld = 0;
   int block_shift = 0;
   int64_t n_row = 0;
-  int64_t max_key = 0;     // bound of n_key that the host knows; only chooses how keys are split
+  int64_t max_key = 0;  // bound of n_key that the host knows; only chooses how keys are split
+  int n_new = 1 << 30;  // at most so many of a row's last keys are written by kernels of this step; the others may be
+                        // read before those have ended
   bool invariant = false;  // the split depends on n_key alone, so that a row's bits do not depend on the batch
   int n_head = 0, n_kv_head = 0, d_head = 0;
   float scale = 1.0f;
+  // Not null: [n_row, (n_head + 2 n_kv_head) d_head] T, one row a sequence; q is not read, and the kernel does what
+  // paged_norm_rope does for a token: `rope` (its weights, tables and positions) and the write of the last key.
+  const void* qkv = nullptr;
+  NormRope rope;
 };
+bool attention_paged_ropes(const Context& ctx, DType t, const KvLayer& kv, const PagedAttention& a);  // can it?
 void attention_paged(const Context& ctx, DType t, const KvLayer& kv, const PagedAttention& a);
 
 // --- int8 weights: gemm_i8.cu ------------------------------------------------------------------------------------
@@ -67,13 +74,19 @@ struct FewLinear {
   const void* norm = nullptr;      // [k] T: x is normalized by its root mean square and multiplied by this; null: not
   const void* residual = nullptr;  // as y, may be y
   float eps = 1e-6f;
-  bool swiglu = false;  // f = silu(first half) * second half
+  bool swiglu = false;          // f = silu(first half) * second half
+  const void* ahead = nullptr;  // linear_wide: what a kernel behind it will read, no kernel of the step writes
+  int64_t ahead_bytes = 0;      // and so may be drawn into the L2 cache; multiples of 16
   int64_t m = 0, n = 0, k = 0;
 };
 bool linear_few_fits(DType t, const FewLinear& a);  // k a multiple of 32, rows aligned to 16 bytes
 // Is it faster than a norm, a product by the library and what follows, launched one after another (weights of type T)?
 bool linear_few_pays(const FewLinear& a);
 void linear_few(const Context& ctx, DType t, const FewLinear& a);
+// The same for 33 to 128 tokens, by the tensor cores of a Hopper (linear_wide.cu): bf16, outputs a multiple of 4, k of
+// 64, addresses aligned to 16 bytes, and all of it one wave of blocks.
+bool linear_wide_fits(const Context& ctx, DType t, const FewLinear& a);
+void linear_wide(const Context& ctx, DType t, const FewLinear& a);
 
 // --- sampling: sample.cu -----------------------------------------------------------------------------------------
 // Draws one token a row. logits [n, ld] T or f32 (unchanged); params [n]; edits, masks as in sample.h (masks

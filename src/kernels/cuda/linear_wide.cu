@@ -1,0 +1,454 @@
+// y [m, n] = f(norm(x) [m, k] w^T) (+ residual) in bf16 for the 33 to 128 tokens of a decode step on a Hopper (TMA,
+// wgmma), with the RMSNorm before and the SwiGLU or the residual behind in the same launch:
+//
+//   tile      kTiles times 64 weight rows, the rows of wgmma m64nNk16 (with SwiGLU half of them of the gate, half of
+//             `up`), and N tokens, its columns; those behind the last arrive as zeros
+//   k         all of it in one block where w's tile fits its shared memory, else split over the P blocks of a cluster
+//   warps     0 to 3 multiply, 4 to 7 norm, 8 copies
+//   overlap   all of a block's weights are copied before the kernel waits for the one before it, and the weights that
+//             a later kernel will want are drawn into the L2 cache; behind the wait are x, the products and the sums
+//   x         passes through a ring. With a norm, warps 4 to 7 multiply what has arrived by the norm's weight (one
+//             rounding) and gather its squares; the products' sums are multiplied by 1 / rms at the end
+//   P > 1     a block sends each other one its part of the 8 s tokens that that one finishes, into memory that nothing
+//             else uses, as the registers hold it; parts are added in their order
+//
+// Bytes: w once from memory, and once for each tile of tokens from L2, ahead of time; x once a block, which is why the
+// tokens are split: behind the wait an SM takes in some 45 bytes a clock.
+//
+// A row's bits depend on m alone, not on the other rows.
+#include <algorithm>
+
+#include "kernels/cuda/hopper_gemm_ops.cuh"
+#include "kernels/cuda/infer_kernels.h"
+#include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/tensor_map.h"
+
+namespace mm::cuda {
+namespace {
+
+constexpr int n_thread = 288;
+constexpr int tile_rows = 64, block_k = 128, max_steps = 20, max_slots = 12, max_tokens = 128, max_parts = 4;
+constexpr int w_tile = tile_rows * block_k * 2, max_shared = 227 << 10, two_blocks = (228 << 10) / 2 - 1024;
+
+// Columns of k a slot of the ring: few large copies, but enough of them under way beside many weights.
+__host__ __device__ constexpr int slot_k(int tiles, bool swiglu) { return tiles == 2 || swiglu ? 64 : 128; }
+__host__ __device__ constexpr int slot_bytes(int tiles, bool swiglu, int columns) {
+  return columns * slot_k(tiles, swiglu) * 2;
+}
+// Rows of the output a block, and rows of sums that it stages for it: one tile with SwiGLU is half gate, half up.
+__host__ __device__ constexpr int rows_out(int tiles, bool swiglu) { return tiles * tile_rows / (swiglu ? 2 : 1); }
+__host__ __device__ constexpr int rows_staged(int tiles, bool swiglu) { return swiglu ? tile_rows : tiles * tile_rows; }
+__host__ __device__ constexpr int groups_of(int columns, int parts) {
+  return (columns / 8 + parts - 1) / parts;
+}  // of 8 tokens a block ends
+__host__ __device__ constexpr int sent_bytes(int columns, int parts) {
+  return (parts - 1) * groups_of(columns, parts) * 128 * 16;
+}
+constexpr int barrier_bytes = 512, factor_bytes = max_tokens / 2 * 4;
+static_assert((max_steps + 3 * max_slots) * 8 <= barrier_bytes);
+
+// How a product is spread over the GPU; columns 0: it does not fit.
+struct Spread {
+  int tiles = 1, columns = 0, parts = 1, slots = 0;
+  int steps = 0;  // of block_k, the most of a block
+  int tail = 0, shared = 0;
+};
+
+struct WideParams {
+  CUtensorMap w, x;  // [k / 64][rows][64]
+  void* y;
+  const void *residual, *norm;
+  const char* ahead;
+  int64_t ahead_bytes;
+  float eps;
+  int m, n_out, k, up, row_tiles;  // up: rows from a gate's to its up; 0: no SwiGLU
+  int steps, slots, tail;
+};
+
+// Blocks: P parts of k, then tiles of rows, then of tokens.
+template <int kTiles, int N, int P, bool kSwiglu>
+__global__ void __launch_bounds__(n_thread, 2) wide_kernel(const __grid_constant__ WideParams a) {
+#if defined(MM_SM90A)
+  using namespace hopper;
+  constexpr int copy_warp = 8, n_finish = 256;  // threads that write the output
+  constexpr int x_k = slot_k(kTiles, kSwiglu), x_slot = slot_bytes(kTiles, kSwiglu, N), groups = N / 8,
+                halves = x_k / 64;
+  constexpr int out_rows = rows_out(kTiles, kSwiglu),
+                padded = rows_staged(kTiles, kSwiglu) + 4;  // floats: no bank conflicts
+  constexpr bool mixed = kSwiglu && kTiles == 1;            // a tile of 32 rows of the gate and 32 of `up`
+  static_assert(P == 1 || kTiles == 1);
+  extern __shared__ __align__(1024) unsigned char memory[];
+  unsigned char *const w_at = memory, *const x_at = memory + a.steps * kTiles * w_tile, *const tail = memory + a.tail;
+  uint64_t *const w_full = reinterpret_cast<uint64_t*>(tail), *const x_full = w_full + max_steps,
+                  *const x_ready = x_full + max_slots, *const x_empty = x_ready + max_slots;
+  float* const factor = reinterpret_cast<float*>(tail + barrier_bytes);
+  unsigned char* const sent = tail + barrier_bytes + factor_bytes;
+  unsigned char* const norm = sent + sent_bytes(N, P);
+  const int thread = static_cast<int>(threadIdx.x), warp = uniform(thread / 32), lane = thread % 32;
+  const int part = static_cast<int>(blockIdx.x) % P, tile = static_cast<int>(blockIdx.x) / P;
+  const int row0 = tile % a.row_tiles * out_rows, first_token = tile / a.row_tiles * N;
+  const int tokens = min(N, a.m - first_token);
+  const int all_steps = (a.k + block_k - 1) / block_k, begin = all_steps * part / P,
+            steps = all_steps * (part + 1) / P - begin, x_steps = steps * (block_k / x_k);
+  if (warp == copy_warp) {
+    if (elect_one()) {
+      for (int i = 0; i < steps; i++) mbarrier_init(&w_full[i], 1);
+      for (int i = 0; i < a.slots; i++)
+        mbarrier_init(&x_full[i], 1), mbarrier_init(&x_ready[i], 4), mbarrier_init(&x_empty[i], 4);
+      mbarrier_init_fence();
+      for (int i = 0; i < steps; i++) {
+        mbarrier_arrive_expect(&w_full[i], kTiles * w_tile);
+        if constexpr (mixed) {
+#pragma unroll
+          for (int t = 0; t < 4; t++)
+            tma_load_3d(w_at + i * w_tile + t * (w_tile / 4), &a.w, &w_full[i], 0, row0 + t % 2 * a.up,
+                        (begin + i) * 2 + t / 2);
+        } else {
+#pragma unroll
+          for (int t = 0; t < kTiles; t++)
+            tma_load_3d(w_at + (i * kTiles + t) * w_tile, &a.w, &w_full[i], 0, row0 + t * (kSwiglu ? a.up : tile_rows),
+                        (begin + i) * 2);
+        }
+      }
+      prefetch_tensor_map(&a.x);
+    }
+    __syncwarp();
+  } else if (warp >= 4 && a.norm != nullptr) {
+    for (int c = thread - 128; c < steps * (block_k / 8); c += 128) {
+      const int at = begin * block_k + c * 8;
+      reinterpret_cast<uint4*>(norm)[c] =
+          at < a.k ? __ldg(reinterpret_cast<const uint4*>(static_cast<const bf16*>(a.norm) + at)) : uint4{};
+    }
+  }
+  __syncthreads();
+  let_next_begin();
+  if constexpr (P > 1) cluster_arrive();
+  if (warp == copy_warp) {
+    const int64_t run = (a.ahead_bytes + gridDim.x * 128 - 1) / (gridDim.x * 128) * 128, first = blockIdx.x * run,
+                  end = min(first + run, a.ahead_bytes);
+    if (elect_one()) {
+      for (int64_t at = first; at < end; at += 16384)
+        prefetch_l2(a.ahead + at, static_cast<uint32_t>(min(int64_t{16384}, end - at)));
+    }
+    __syncwarp();
+  }
+  wait_for_previous();
+
+  // This block's share of the output: groups of 8 tokens, in items of 4 neighbouring rows.
+  constexpr int per_token = out_rows / 4, chunks = (groups_of(N, P) * 8 * per_token + n_finish - 1) / n_finish;
+  const int group0 = groups * part / P, share = groups * (part + 1) / P - group0, token0 = group0 * 8;
+  const int items = max(min(share * 8, tokens - token0), 0) * per_token;
+  const auto is_item = [&](int i) { return i < items && row0 + i % per_token * 4 < a.n_out; };
+  const auto item_at = [&](int i) {
+    return static_cast<int64_t>(first_token + token0 + i / per_token) * a.n_out + row0 + i % per_token * 4;
+  };
+  uint2 add[chunks] = {};
+  if constexpr (kTiles == 1 && !kSwiglu) {
+    if (a.residual != nullptr && warp < copy_warp) {
+#pragma unroll
+      for (int c = 0; c < chunks; c++) {
+        const int i = thread + c * n_finish;
+        if (is_item(i)) add[c] = *reinterpret_cast<const uint2*>(static_cast<const bf16*>(a.residual) + item_at(i));
+      }
+    }
+  }
+
+  float d[kTiles][N / 2];
+  if (warp == copy_warp) {
+    if (elect_one()) {
+      for (int i = 0, slot = 0, phase = 0; i < x_steps; i++) {
+        if (i >= a.slots) mbarrier_wait(&x_empty[slot], phase ^ 1);
+        mbarrier_arrive_expect(&x_full[slot], x_slot);
+        tma_load_3d(x_at + slot * x_slot, &a.x, &x_full[slot], 0, first_token, begin * 2 + i * halves);
+        if (++slot == a.slots) slot = 0, phase ^= 1;
+      }
+    }
+    __syncwarp();
+  } else if (warp >= 4) {
+    if (a.norm != nullptr) {
+      const auto multiply = [](uint32_t u, uint32_t v) {
+        const __nv_bfloat162 y =
+            __hmul2(*reinterpret_cast<const __nv_bfloat162*>(&u), *reinterpret_cast<const __nv_bfloat162*>(&v));
+        return *reinterpret_cast<const uint32_t*>(&y);
+      };
+      // A thread's chunks of 16 bytes lie in rows that are equal modulo 8, so they are the same columns of 64.
+      const int t = thread - 128, column = (t ^ t / 8) & 7;
+      float s[N / 16] = {};
+      for (int i = 0, slot = 0, phase = 0; i < x_steps; i++) {
+        uint4 by[halves];
+#pragma unroll
+        for (int h = 0; h < halves; h++) by[h] = reinterpret_cast<const uint4*>(norm)[(i * halves + h) * 8 + column];
+        mbarrier_wait(&x_full[slot], phase);
+        uint4* const at = reinterpret_cast<uint4*>(x_at + slot * x_slot) + t;
+        uint4 v[halves][N / 16];
+#pragma unroll
+        for (int h = 0; h < halves; h++) {
+#pragma unroll
+          for (int r = 0; r < N / 16; r++) v[h][r] = at[(h * (N / 16) + r) * 128];
+        }
+#pragma unroll
+        for (int h = 0; h < halves; h++) {
+#pragma unroll
+          for (int r = 0; r < N / 16; r++) {
+            const uint4 x = v[h][r], b = by[h];
+            at[(h * (N / 16) + r) * 128] =
+                make_uint4(multiply(x.x, b.x), multiply(x.y, b.y), multiply(x.z, b.z), multiply(x.w, b.w));
+          }
+        }
+        fence_async_proxy();
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(&x_ready[slot]);
+#pragma unroll
+        for (int h = 0; h < halves; h++) {
+#pragma unroll
+          for (int r = 0; r < N / 16; r++) {
+            const uint32_t words[4] = {v[h][r].x, v[h][r].y, v[h][r].z, v[h][r].w};
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+              const float2 f = unpack2<bf16>(words[e]);
+              s[r] += f.x * f.x + f.y * f.y;
+            }
+          }
+        }
+        if (++slot == a.slots) slot = 0, phase ^= 1;
+      }
+#pragma unroll
+      for (int r = 0; r < N / 16; r++) {
+        const float all = warp_sum<8>(s[r]);
+        if (t % 8 == 0) factor[16 * r + t / 8] = rsqrtf(all / static_cast<float>(a.k) + a.eps);
+      }
+    }
+  } else {
+    const uint64_t w_desc = wgmma_descriptor<128>(smem_address(w_at), 0, 1024),
+                   x_desc = wgmma_descriptor<128>(smem_address(x_at), 0, 1024);
+    uint64_t* const x_there = a.norm != nullptr ? x_ready : x_full;
+    for (int i = 0, slot = 0, phase = 0; i < x_steps; i++) {
+      const int w_step = i * x_k / block_k, w_half = i * x_k % block_k / 64;
+      if (w_half == 0) mbarrier_wait(&w_full[w_step], 0);
+      mbarrier_wait(&x_there[slot], phase);
+      wgmma_fence();
+#pragma unroll
+      for (int t = 0; t < kTiles; t++) {
+#pragma unroll
+        for (int j = 0; j < x_k / 16; j++)
+          wgmma_ss<__nv_bfloat16, N>(
+              d[t], w_desc + (w_step * kTiles + t) * (w_tile / 16) + (w_half + j / 4) * (w_tile / 32) + 2 * (j % 4),
+              x_desc + slot * (x_slot / 16) + j / 4 * (N * 8) + 2 * (j % 4), i > 0 || j > 0);
+      }
+      wgmma_commit();
+      if (i > 0 && i - 1 + a.slots < x_steps) {  // the slot before this one is wanted again
+        wgmma_wait<1>();
+        if (lane == 0) mbarrier_arrive(&x_empty[slot == 0 ? a.slots - 1 : slot - 1]);
+      }
+      if (++slot == a.slots) slot = 0, phase ^= 1;
+    }
+    wgmma_wait<0>();
+#pragma unroll
+    for (int t = 0; t < kTiles; t++) wgmma_pin(d[t]);
+  }
+  __syncthreads();  // w and x have been read, factors are known
+
+  const auto silu = [](float z) { return z / (1.0f + __expf(-z)); };
+  // d[t][i]: row 16 warp + lane / 4 + 8 (i / 2 % 2) of tile t, token 8 (i / 4) + 2 (lane % 4) + i % 2.
+  float* const sums = reinterpret_cast<float*>(memory);  // [token][padded]
+  if constexpr (P > 1) {
+    cluster_wait();  // the others have begun
+    const auto at = [&](int from, int group) { return sent + ((from * groups_of(N, P) + group) * 128 + thread) * 16; };
+    if (warp < 4) {
+#pragma unroll
+      for (int g = 0; g < groups; g++) {
+        int to = 0;
+        while (groups * (to + 1) / P <= g) to++;
+        if (to != part)
+          cluster_store(smem_address(at(part < to ? part : part - 1, g - groups * to / P)), to,
+                        make_float4(d[0][4 * g], d[0][4 * g + 1], d[0][4 * g + 2], d[0][4 * g + 3]));
+      }
+    }
+    cluster_arrive();
+    cluster_wait();
+    if (warp < 4) {
+#pragma unroll
+      for (int g = 0; g < groups; g++) {
+        if (g < group0 || g >= group0 + share) continue;
+        float4 sum = {};
+#pragma unroll
+        for (int q = 0; q < P; q++) {
+          float4 v = make_float4(d[0][4 * g], d[0][4 * g + 1], d[0][4 * g + 2], d[0][4 * g + 3]);
+          if (q != part) v = *reinterpret_cast<const float4*>(at(q < part ? q : q - 1, g - group0));
+          sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
+        }
+        float* const to = sums + ((g - group0) * 8 + 2 * (lane % 4)) * padded + warp * 16 + lane / 4;
+        to[0] = sum.x, to[padded] = sum.y, to[8] = sum.z, to[padded + 8] = sum.w;
+      }
+    }
+  } else if (warp < 4) {
+#pragma unroll
+    for (int g = 0; g < groups; g++) {
+      const int token = 8 * g + 2 * (lane % 4);
+      const float2 r = a.norm != nullptr ? *reinterpret_cast<const float2*>(factor + token) : make_float2(1.0f, 1.0f);
+#pragma unroll
+      for (int t = 0; t < rows_staged(kTiles, kSwiglu) / tile_rows; t++) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+          const float f = e % 2 == 0 ? r.x : r.y;
+          float v = d[t][4 * g + e] * f;
+          if constexpr (kSwiglu && !mixed) v = silu(v) * (d[kTiles - 1][4 * g + e] * f);
+          sums[(token + e % 2) * padded + t * tile_rows + warp * 16 + lane / 4 + e / 2 * 8] = v;
+        }
+      }
+    }
+  }
+  __syncthreads();
+  if (warp == copy_warp) return;
+#pragma unroll
+  for (int c = 0; c < chunks; c++) {
+    const int i = thread + c * n_finish;
+    if (!is_item(i)) continue;
+    const float* from = sums + i / per_token * padded + i % per_token * 4;
+    float4 out = *reinterpret_cast<const float4*>(from);
+    if constexpr (mixed) {
+      const float4 by = *reinterpret_cast<const float4*>(from + tile_rows / 2);
+      out = make_float4(silu(out.x) * by.x, silu(out.y) * by.y, silu(out.z) * by.z, silu(out.w) * by.w);
+    }
+    if constexpr (kTiles == 1 && !kSwiglu) {
+      if (a.residual != nullptr) {
+        const float2 lo = unpack2<bf16>(add[c].x), hi = unpack2<bf16>(add[c].y);
+        out = make_float4(out.x + lo.x, out.y + lo.y, out.z + hi.x, out.w + hi.y);
+      }
+    }
+    *reinterpret_cast<uint2*>(static_cast<bf16*>(a.y) + item_at(i)) =
+        make_uint2(pack2<bf16>(out.x, out.y), pack2<bf16>(out.z, out.w));
+  }
+#endif
+}
+
+// [rows, k] bf16 as [k / 64][rows][64], in boxes of `deep` x box_rows x 64.
+CUtensorMap rows_map(const void* p, int64_t rows, int64_t k, int box_rows, int deep) {
+  const cuuint64_t size[3] = {64, static_cast<cuuint64_t>(rows), static_cast<cuuint64_t>(k / 64)},
+                   bytes[2] = {static_cast<cuuint64_t>(2 * k), 128};
+  const cuuint32_t box[3] = {64, static_cast<cuuint32_t>(box_rows), static_cast<cuuint32_t>(deep)}, step[3] = {1, 1, 1};
+  CUtensorMap map;
+  const CUresult r = encode_tiled()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<void*>(p), size, bytes, box,
+                                    step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                    CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (r != CUDA_SUCCESS) fail("cuTensorMapEncodeTiled", "refused", __FILE__, __LINE__);
+  return map;
+}
+
+int64_t rows_of(const FewLinear& a) { return a.swiglu ? a.n / 2 : a.n; }
+int64_t blocks_of(const FewLinear& a, const Spread& s) {
+  return div_up(rows_of(a), rows_out(s.tiles, a.swiglu)) * div_up(a.m, s.columns) * s.parts;
+}
+
+// Completes a spread of which tiles, columns, parts and, if not 0, slots are given; false: it does not fit one wave.
+bool complete(const Context& ctx, const FewLinear& a, Spread& s) {
+  if ((s.tiles == 2 || a.swiglu) && (a.residual != nullptr || s.parts > 1 || s.columns == 16)) return false;
+  if (s.columns == 16 && s.parts > 2) return false;
+  if (s.parts > 1 && a.norm != nullptr) return false;
+  const int64_t all = div_up(a.k, block_k);
+  if (all < s.parts || div_up(all, s.parts) > max_steps) return false;
+  s.steps = static_cast<int>(div_up(all, s.parts));
+  const int slot = slot_bytes(s.tiles, a.swiglu, s.columns);
+  const int fixed = barrier_bytes + factor_bytes + sent_bytes(s.columns, s.parts) +
+                    (a.norm != nullptr ? s.steps * block_k * 2 : 0),
+            w = s.steps * s.tiles * w_tile, wanted = s.steps * (block_k / slot_k(s.tiles, a.swiglu));
+  const int room = std::min((max_shared - fixed - w) / slot, max_slots);
+  s.slots = std::min(s.slots == 0 ? wanted : std::min(s.slots, wanted), room);
+  if (s.slots < std::min(wanted, 2)) return false;
+  s.tail = std::max(w + s.slots * slot, s.columns * (rows_staged(s.tiles, a.swiglu) + 4) * 4);
+  s.shared = s.tail + fixed;
+  return s.shared <= max_shared && blocks_of(a, s) <= (s.shared <= two_blocks ? 2 : 1) * int64_t{ctx.n_sm};
+}
+
+// An estimate of the clocks behind the wait for the kernel before: what arrives and what is multiplied pass together.
+double clocks_of(const Context& ctx, const FewLinear& a, const Spread& s) {
+  const int per_sm = blocks_of(a, s) > ctx.n_sm ? 2 : 1;
+  const double k = s.steps * block_k * per_sm, x = 2.0 * s.columns * k / 45;
+  const double products = s.tiles * k / 16 * std::max(16 + s.columns / 4, s.columns / 2);
+  const double under_way = std::min(1.0, per_sm * s.slots * slot_bytes(s.tiles, a.swiglu, s.columns) / 32768.0);
+  const double weights = 2.0 * static_cast<double>(a.n * a.k * div_up(a.m, s.columns)) / 3700;  // from L2, mostly ahead
+  return 800 + std::max(x / under_way, products) + 0.25 * weights + (s.parts > 1 ? 900 + 100 * s.parts : 0) +
+         s.columns * rows_staged(s.tiles, a.swiglu) / 16.0;
+}
+
+Spread spread_of(const Context& ctx, const FewLinear& a) {
+  Spread best;
+  for (int tiles = 1; tiles <= 2; tiles++) {
+    for (const int columns : {32, 48, 64}) {
+      for (int parts = 1; parts <= max_parts; parts++) {
+        Spread s = {.tiles = tiles, .columns = columns, .parts = parts};
+        if (!complete(ctx, a, s)) continue;
+        if (best.columns == 0 || clocks_of(ctx, a, s) < clocks_of(ctx, a, best)) best = s;
+      }
+    }
+  }
+  return best;
+}
+
+template <int kTiles, int N, int P, bool kSwiglu>
+void launch_wide(const Context& ctx, const WideParams& p, const Spread& s, int64_t blocks) {
+  const auto kernel = wide_kernel<kTiles, N, P, kSwiglu>;
+  static const cudaError_t once = [&] {
+    const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
+    return e != cudaSuccess ? e : cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, max_shared);
+  }();
+  MM_CUDA_CHECK(once);
+  launch_overlapped(ctx, kernel, dim3(static_cast<unsigned>(blocks)), n_thread, static_cast<size_t>(s.shared), P, p);
+}
+
+void launch_spread(const Context& ctx, const FewLinear& a, const Spread& s) {
+  const int64_t n_out = rows_of(a);
+  const bool mixed = a.swiglu && s.tiles == 1;
+  const WideParams p = {rows_map(a.w, a.n, a.k, mixed ? tile_rows / 2 : tile_rows, mixed ? 1 : 2),
+                        rows_map(a.x, a.m, a.k, s.columns, slot_k(s.tiles, a.swiglu) / 64),
+                        a.y,
+                        a.residual,
+                        a.norm,
+                        static_cast<const char*>(a.ahead),
+                        aligned({a.ahead}) ? a.ahead_bytes / 16 * 16 : 0,
+                        a.eps,
+                        static_cast<int>(a.m),
+                        static_cast<int>(n_out),
+                        static_cast<int>(a.k),
+                        a.swiglu ? static_cast<int>(n_out) : 0,
+                        static_cast<int>(div_up(n_out, rows_out(s.tiles, a.swiglu))),
+                        s.steps,
+                        s.slots,
+                        s.tail};
+  const int64_t blocks = blocks_of(a, s);
+  const auto with = [&]<int N>(std::integral_constant<int, N>) {
+    if (mixed) return launch_wide<1, N, 1, true>(ctx, p, s, blocks);
+    if (a.swiglu) return launch_wide<2, N, 1, true>(ctx, p, s, blocks);
+    if (s.tiles == 2) return launch_wide<2, N, 1, false>(ctx, p, s, blocks);
+    switch (s.parts) {
+      case 1: return launch_wide<1, N, 1, false>(ctx, p, s, blocks);
+      case 2: return launch_wide<1, N, 2, false>(ctx, p, s, blocks);
+      case 3: return launch_wide<1, N, 3, false>(ctx, p, s, blocks);
+      default: return launch_wide<1, N, 4, false>(ctx, p, s, blocks);
+    }
+  };
+  if (s.columns == 16) {
+    if (s.parts == 1) return launch_wide<1, 16, 1, false>(ctx, p, s, blocks);
+    return launch_wide<1, 16, 2, false>(ctx, p, s, blocks);
+  }
+  if (s.columns == 32) with(std::integral_constant<int, 32>{});
+  else if (s.columns == 48) with(std::integral_constant<int, 48>{});
+  else with(std::integral_constant<int, 64>{});
+}
+
+}  // namespace
+
+bool linear_wide_fits(const Context& ctx, DType t, const FewLinear& a) {
+  if (ctx.arch != 90 || t != DType::bf16 || a.scales != nullptr || a.m < 1 || a.m > max_tokens) return false;
+  if ((a.swiglu ? a.n / 2 : a.n) % 4 != 0 || a.k % 64 != 0 || a.n >= (int64_t{1} << 20) || a.k >= (int64_t{1} << 20))
+    return false;
+  return aligned({a.x, a.w, a.norm, a.y, a.residual}) && spread_of(ctx, a).columns != 0;
+}
+
+void linear_wide(const Context& ctx, DType t, const FewLinear& a) {
+  if (a.m == 0 || a.n == 0) return;
+  if (!linear_wide_fits(ctx, t, a)) fail("linear_wide", "what it does not take", __FILE__, __LINE__);
+  launch_spread(ctx, a, spread_of(ctx, a));
+}
+
+}  // namespace mm::cuda
