@@ -106,8 +106,8 @@ void pack(const Context& ctx, WeightFormat format, unsigned char* stream, const 
 }
 
 // --- dealing out --------------------------------------------------------------------------------------------------
-// Every stage's tiles go to the blocks in runs of equal length or one more; the longer ones to those with the least to
-// copy so far.
+// Every stage's tiles go to the blocks (but the first `without`) in runs of equal length or one more; the longer ones
+// to those with the least to copy so far.
 struct Deal {
   std::vector<int2> segments;         // [grid][n_segment]
   std::vector<uint32_t> block_begin;  // [grid + 1]
@@ -115,8 +115,9 @@ struct Deal {
   std::vector<size_t> segment_tiles;  // where each segment's tiles begin in tile_begin
 };
 
-Deal deal_out(int grid, const std::vector<int>& tiles, const std::vector<int>& units) {
-  const size_t n_segment = tiles.size(), blocks = static_cast<size_t>(grid);
+Deal deal_out(int grid, int without, const std::vector<int>& tiles, const std::vector<int>& units) {
+  const size_t n_segment = tiles.size(), blocks = static_cast<size_t>(grid),
+               workers = blocks - static_cast<size_t>(without);
   Deal d;
   d.segments.resize(blocks * n_segment);
   std::vector<int64_t> load(blocks, 0);
@@ -124,8 +125,13 @@ Deal deal_out(int grid, const std::vector<int>& tiles, const std::vector<int>& u
   for (size_t s = 0; s < n_segment; s++) {
     std::iota(order.begin(), order.end(), size_t{0});
     std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return load[a] < load[b]; });
-    std::vector<int> count(blocks, tiles[s] / grid);
-    for (size_t i = 0; i < static_cast<size_t>(tiles[s] % grid); i++) count[order[i]]++;
+    const size_t n = static_cast<size_t>(tiles[s]);
+    std::vector<int> count(blocks, static_cast<int>(n / workers));
+    for (size_t b = 0; b < blocks - workers; b++) count[b] = 0;
+    for (size_t i = 0, left = n % workers; left > 0; i++) {
+      if (order[i] < blocks - workers) continue;
+      count[order[i]]++, left--;
+    }
     int first = 0;
     for (size_t b = 0; b < blocks; b++) {
       d.segments[b * n_segment + s] = make_int2(first, count[b]);
@@ -212,6 +218,7 @@ bool plan_shared(Params& p, WeightFormat format, int limit) {
       s.input = piece(static_cast<size_t>(p.n_tok * s.input_stride));
       s.part = piece(static_cast<size_t>(part));
       s.sums = piece(static_cast<size_t>(4 * p.n_tok * p.sum_stride));
+      if (alone(p)) return;
       s.q = piece(static_cast<size_t>(8 * (2 * p.d_head + 16)));
       s.own = piece(static_cast<size_t>(2 * p.d_head * size + 8));
       s.ml = piece(4 * 8 * 2 * 4);
@@ -226,7 +233,7 @@ bool plan_shared(Params& p, WeightFormat format, int limit) {
     at = 0;
     piece(static_cast<size_t>(s.n_slots * slot_bytes));
     rest();
-    s.bytes = static_cast<int>(at);
+    s.bytes = std::max(static_cast<int>(at), alone(p) ? alone_bytes : 0);
     for (StageShape& shape : p.shape) shape.tiles_per_pass = tiles_per_pass(shape.units, s.held);
     return s.bytes <= limit;
   }
@@ -289,7 +296,6 @@ PersistentDecode* persistent_decode_create(const Context& ctx, const InferModel&
     return static_cast<PersistentDecode*>(nullptr);
   };
   d->format = m.head.format, d->arch = ctx.arch, d->shared_limit = shared_limit - 1024;
-  // A block without tiles of gate_up might not have begun when block 0 ends.
   d->grid = static_cast<int>(std::min<int64_t>(ctx.n_sm, m.d_ff / 4));
   Params& p = d->params;
   p = Params();
@@ -303,6 +309,8 @@ PersistentDecode* persistent_decode_create(const Context& ctx, const InferModel&
   p.embed = m.embed.data, p.embed_scales = m.embed.scales, p.embed_format = m.embed.format;
   p.kv_format = kv.format, p.k = kv.k, p.v = kv.v, p.k_scale = kv.k_scale, p.v_scale = kv.v_scale;
   p.kv_layer_stride = kv.layer_stride;
+  if (known_shape(p) != 0 && d->grid >= 8 * attention_blocks && d->shared_limit >= alone_bytes)
+    p.n_attention = attention_blocks;
   const int uk = unit_k(d->format);
   const InferMatrix* of_stage[5] = {&m.layers[0].qkv, &m.layers[0].o, &m.layers[0].gate_up, &m.layers[0].down, &m.head};
   for (int i = 0; i < 5; i++) p.shape[i] = {static_cast<int>(of_stage[i]->k / uk), 0, static_cast<int>(of_stage[i]->k)};
@@ -335,7 +343,7 @@ PersistentDecode* persistent_decode_create(const Context& ctx, const InferModel&
     }
   }
   tiles.push_back(static_cast<int>(div_up(m.n_vocab, rows_per_tile))), units.push_back(p.shape[stage_head].units);
-  const Deal deal = deal_out(d->grid, tiles, units);
+  const Deal deal = deal_out(d->grid, p.n_attention, tiles, units);
   auto* segments = d->take<int2>(deal.segments.size());
   auto* block_begin = d->take<uint32_t>(deal.block_begin.size());
   auto* tile_begin = d->take<uint32_t>(deal.tile_begin.size());
@@ -392,7 +400,7 @@ void persistent_decode_run(const Context& ctx, PersistentDecode* d, const InferS
   Params p = d->params;
   if (step.n_tok > p.max_rows) fail("persistent decode", "more rows than it was made for", __FILE__, __LINE__);
   p.n_tok = static_cast<int>(step.n_tok);
-  p.max_split = d->grid / (p.n_tok * p.n_kv_head);
+  p.max_split = alone(p) ? std::min(alone_splits, p.n_attention / p.n_kv_head) : d->grid / (p.n_tok * p.n_kv_head);
   plan_shared(p, d->format, d->shared_limit);
   p.ids = step.ids, p.prev_ids = sample.prev_ids, p.positions = step.positions, p.slots = step.slots;
   p.kv_len = step.kv_len, p.table = step.table, p.table_ld = step.table_ld, p.block_shift = step.block_shift;

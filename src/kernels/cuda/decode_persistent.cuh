@@ -53,8 +53,9 @@ struct Exchange {
 
 struct State {  // on the device; block 0 changes it at the end of a step
   uint32_t step;
+  uint32_t begun;    // blocks that ever read `step`, modulo 2^32: block 0 must not change it before all have
   int32_t rows[2];   // of the last step on each set
-  int32_t parts[2];  // whether it used `parts`
+  int32_t parts[2];  // of `parts`, how many it may have written
 };
 
 struct StageShape {
@@ -74,6 +75,7 @@ struct Params {
   int d_model, d_ff, n_layer, n_vocab, n_head, n_kv_head, d_head;
   float eps, scale2, inv_d;  // attention scale * log2 e, 1 / d_model
   int n_tok, max_rows, max_split, qkv_width;
+  int n_attention;  // the first blocks, which have no weights; 0: none. They run a single row's attention.
   StageShape shape[5];
   const unsigned char* stream;
   const uint32_t* block_begin;  // [grid + 1] units
@@ -110,6 +112,15 @@ struct Params {
 #endif
 };
 
+// Shapes with kernels of their own: minimind-3's and minimind2-small's.
+inline int known_shape(const Params& p) {
+  const auto is = [&](int d, int ff, int head, int kv, int dh) {
+    return p.d_model == d && p.d_ff == ff && p.n_head == head && p.n_kv_head == kv && p.d_head == dh;
+  };
+  return is(768, 2432, 8, 4, 96) ? 1 : is(512, 1408, 8, 2, 64) ? 2 : 0;
+}
+inline bool alone(const Params& p) { return p.n_attention > 0 && p.n_tok == 1; }  // attention in blocks of its own
+
 using Kernel = void (*)(Params);
 Kernel kernel_of_bf16(const Params&p), kernel_of_i8(const Params&p);  // for p's shape and number of tokens
 
@@ -119,6 +130,7 @@ struct Traits {
   static constexpr WeightFormat format = kFormat;
   static constexpr int tok = kTok, unit = unit_bytes(kFormat), d_head = kDHead, group = kGroup;
   static constexpr bool wide = kTok > 4, fixed = kD > 0;
+  static constexpr bool roles = kTok == 1;  // the first blocks run the attention and nothing else
   // Units a warp has of a tile of width d_model or d_ff; 0: known at run time.
   static constexpr int units_d = kD / unit_k(kFormat), units_ff = kFf / unit_k(kFormat);
   static constexpr int per_d = units_per_warp(units_d), per_ff = units_per_warp(units_ff);
@@ -131,6 +143,13 @@ struct Traits {
 __device__ __forceinline__ bool probing(const Params& p, int bit) { return (p.probe & bit) != 0; }
 #else
 __device__ __forceinline__ bool probing(const Params&, int) { return false; }
+#endif
+
+#ifdef MM_PERSISTENT_PROBE
+#define MM_TRACE(event) \
+  if (p.trace != nullptr && threadIdx.x == 0) p.trace[static_cast<int64_t>(blockIdx.x) * 1024 + (event)] = clock64()
+#else
+#define MM_TRACE(event)
 #endif
 
 // A wait that lasts longer than any step is a bug: stop instead of hanging the GPU.

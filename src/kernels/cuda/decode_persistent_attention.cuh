@@ -38,41 +38,51 @@ __device__ __forceinline__ int key_row(const Params& p, const Share& share, int 
 
 __device__ __forceinline__ float reference(float m) { return m == minus_infinity() ? 0.0f : m; }
 
-// A round's buffer: keys, values [64][pitch], then (int8) scales of keys, of values [64].
-template <class T, int D>
+// A round's buffer: keys, values [kKeys][pitch], then (int8) scales of keys, of values [kKeys].
+template <class T, int D, int kKeys = keys_per_round>
 struct Round {
-  static constexpr int size = static_cast<int>(sizeof(T)), pitch = kv_pitch(D, size), bytes = kv_round_bytes(D, size);
-  static constexpr int values = keys_per_round * pitch, scales = 2 * keys_per_round * pitch;
+  static constexpr int size = static_cast<int>(sizeof(T)), pitch = kv_pitch(D, size);
+  static constexpr int values = kKeys * pitch, scales = 2 * values, bytes = scales + (size == 1 ? 8 * kKeys : 0);
 };
 
-// Starts the copies of a round's old keys and values. rows: cache rows of the first two rounds' keys in shared memory.
-template <class T, int D>
-__device__ __forceinline__ void copy_round(const Params& p, unsigned char* smem, const Share& share, int layer,
-                                           int round) {
-  using R = Round<T, D>;
-  constexpr int per_key = D * R::size / 16, n = 2 * keys_per_round * per_key;
-  const int* rows = reinterpret_cast<const int*>(smem + p.smem.rows);
-  const int first = share.begin + round * keys_per_round, count = min(share.end, share.n_key - 1) - first;
-  const uint32_t to = shared_address(smem + p.smem.kv_ring) + static_cast<uint32_t>(round % 2 * R::bytes);
+// Starts the copies of a round's old keys and values to the buffer `to`. row_of(key of the round): its cache row.
+template <class T, int D, int kKeys, class F>
+__device__ __forceinline__ void copy_keys(const Params& p, uint32_t to, const Share& share, int layer, int round,
+                                          F&& row_of) {
+  using R = Round<T, D, kKeys>;
+  constexpr int per_key = D * R::size / 16, n = 2 * kKeys * per_key;
+  const int count = min(share.end, share.n_key - 1) - share.begin - round * kKeys;
   const int64_t base = layer * p.kv_layer_stride + share.kv * D;
 #pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < n; i += n_thread) {
     const int which = i / (n / 2), key = i % (n / 2) / per_key, chunk = i % per_key;
     if (key >= count) continue;
-    const int64_t row = round < 2 ? rows[round * keys_per_round + key] : key_row(p, share, first + key);
+    const int64_t row = row_of(key);
     const T* from =
         static_cast<const T*>(which == 0 ? p.k : p.v) + base + row * (p.n_kv_head * D) + chunk * (16 / R::size);
     cp_async16(to + static_cast<uint32_t>(which * R::values + key * R::pitch + chunk * 16), from);
   }
   if constexpr (R::size == 1) {
-    const int tid = static_cast<int>(threadIdx.x), which = tid / keys_per_round, key = tid % keys_per_round;
+    static_assert(2 * kKeys <= n_thread);
+    const int tid = static_cast<int>(threadIdx.x), which = tid / kKeys, key = tid % kKeys;
     if (which < 2 && key < count) {
-      const int64_t row = round < 2 ? rows[round * keys_per_round + key] : key_row(p, share, first + key);
+      const int64_t row = row_of(key);
       cp_async4(to + static_cast<uint32_t>(R::scales + 4 * tid),
                 (which == 0 ? p.k_scale : p.v_scale) + layer * (p.kv_layer_stride / D) + row * p.n_kv_head + share.kv,
                 true);
     }
   }
+}
+
+// rows: cache rows of the first two rounds' keys in shared memory.
+template <class T, int D>
+__device__ __forceinline__ void copy_round(const Params& p, unsigned char* smem, const Share& share, int layer,
+                                           int round) {
+  const int* rows = reinterpret_cast<const int*>(smem + p.smem.rows) + round * keys_per_round;
+  const int first = share.begin + round * keys_per_round;
+  copy_keys<T, D, keys_per_round>(
+      p, shared_address(smem + p.smem.kv_ring) + static_cast<uint32_t>(round % 2 * Round<T, D>::bytes), share, layer,
+      round, [&](int key) -> int64_t { return round < 2 ? rows[key] : key_row(p, share, first + key); });
 }
 
 // The first rounds of a layer.

@@ -1,6 +1,7 @@
 // The script of a step, as every block runs it.
 #pragma once
 
+#include "kernels/cuda/decode_persistent_alone.cuh"
 #include "kernels/cuda/decode_persistent_step.cuh"
 #include "kernels/cuda/sample.cuh"
 
@@ -77,16 +78,13 @@ __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __e
 
 constexpr int draw_bytes = (static_cast<int>(sizeof(SampleShared<n_thread>)) + 127) / 128 * 128;
 
-// The next token of a row, by one block. The ring is free by now: it holds the scores (where they fit) and sample_row's
-// memory.
-inline __device__ __noinline__ void draw(const Params& p, unsigned char* smem, int row, const uint32_t* words) {
-  auto& shared = *reinterpret_cast<SampleShared<n_thread>*>(smem);
-  float* score = p.scores != nullptr ? p.scores + static_cast<int64_t>(row) * p.ex.logit_words
-                                     : reinterpret_cast<float*>(smem + draw_bytes);
-  const RowSampling sampling = p.sampling[row];
+// Calls f(index of four logits, the four) for a row's logits as they come in, dealt out over the block's threads.
+template <class F>
+__device__ __forceinline__ void each_logits(const Params& p, const uint32_t* words, F&& f) {
   constexpr int batch = 4;
-  const int tid = static_cast<int>(threadIdx.x), n = p.ex.logit_words / 4;
-  for (int first = tid; first < n; first += batch * n_thread) {
+  const int n = p.ex.logit_words / 4;
+#pragma unroll 1
+  for (int first = static_cast<int>(threadIdx.x); first < n; first += batch * n_thread) {
     uint4 x[batch];
 #pragma unroll
     for (int i = 0; i < batch; i++) {
@@ -98,64 +96,97 @@ inline __device__ __noinline__ void draw(const Params& p, unsigned char* smem, i
       const int at = first + i * n_thread;
       if (at >= n) break;
       while (any_unset(x[i]) && !probing(p, 1)) x[i] = load_words(words + 4 * at), guard.spin();
-      reinterpret_cast<uint4*>(score)[at] = x[i];
+      f(at, x[i]);
     }
-  }
-  __syncthreads();
-  if (sampling.temperature < 1e-3f && sampling.mask < 0 && sampling.edits_begin >= sampling.edits_end) {
-    // Largest logit, lowest id on a tie; -1 where a logit is NaN or +inf or all are -inf.
-    float best = minus_infinity();
-    int id = 0x7fffffff, bad = 0;
-#pragma unroll 4
-    for (int i = tid; i < p.n_vocab; i += n_thread) {
-      const float x = score[i];
-      bad |= !(x < -minus_infinity());
-      if (x > best) best = x, id = i;
-    }
-#pragma unroll 1
-    for (int i = 16; i > 0; i /= 2) {
-      const float other = __shfl_xor_sync(0xffffffffu, best, i);
-      const int other_id = __shfl_xor_sync(0xffffffffu, id, i);
-      if (other > best || (other == best && other_id < id)) best = other, id = other_id;
-    }
-    if (tid % 32 == 0) shared.warp_max[tid / 32] = best, shared.low[tid / 32] = static_cast<uint32_t>(id);
-    bad = __syncthreads_or(bad);
-    if (tid >= 32) return;
-    best = tid < n_warp ? shared.warp_max[tid] : minus_infinity(),
-    id = tid < n_warp ? static_cast<int>(shared.low[tid]) : id;
-#pragma unroll 1
-    for (int i = 8; i > 0; i /= 2) {
-      const float other = __shfl_xor_sync(0xffffffffu, best, i);
-      const int other_id = __shfl_xor_sync(0xffffffffu, id, i);
-      if (other > best || (other == best && other_id < id)) best = other, id = other_id;
-    }
-    if (bad || id == 0x7fffffff) id = -1;
-    if (tid == 0) {
-      p.next_ids[row] = id;
-      if (p.next_ids_host != nullptr) *static_cast<volatile int32_t*>(p.next_ids_host + row) = id;
-    }
-    return;
-  }
-  const int32_t id = sample_row<n_thread>(shared, score, score, p.n_vocab, sampling, p.edits, p.masks);
-  if (tid == 0) {
-    p.next_ids[row] = id;
-    if (p.next_ids_host != nullptr) *static_cast<volatile int32_t*>(p.next_ids_host + row) = id;
   }
 }
 
-#ifdef MM_PERSISTENT_PROBE
-#define MM_TRACE(event) \
-  if (p.trace != nullptr && threadIdx.x == 0) p.trace[static_cast<int64_t>(blockIdx.x) * 1024 + (event)] = clock64()
-#else
-#define MM_TRACE(event)
-#endif
+// The largest logit, the lowest id on a tie; -1 where a logit is NaN or +inf or all are -inf.
+inline __device__ __noinline__ int32_t draw_greedy(const Params& p, SampleShared<n_thread>& shared,
+                                                   const uint32_t* words) {
+  const int tid = static_cast<int>(threadIdx.x);
+  float best = minus_infinity();
+  int id = 0x7fffffff, bad = 0;
+  each_logits(p, words, [&](int at, const uint4& four) {
+    const float x[4] = {__uint_as_float(four.x), __uint_as_float(four.y), __uint_as_float(four.z),
+                        __uint_as_float(four.w)};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      if (4 * at + i >= p.n_vocab) break;
+      bad |= !(x[i] < -minus_infinity());
+      if (x[i] > best) best = x[i], id = 4 * at + i;
+    }
+  });
+  const auto over_lanes = [&](int width) {
+#pragma unroll 1
+    for (int i = width / 2; i > 0; i /= 2) {
+      const float other = __shfl_xor_sync(0xffffffffu, best, i);
+      const int other_id = __shfl_xor_sync(0xffffffffu, id, i);
+      if (other > best || (other == best && other_id < id)) best = other, id = other_id;
+    }
+  };
+  over_lanes(32);
+  if (tid % 32 == 0) shared.warp_max[tid / 32] = best, shared.low[tid / 32] = static_cast<uint32_t>(id);
+  bad = __syncthreads_or(bad);
+  if (tid < 32) {
+    best = tid < n_warp ? shared.warp_max[tid] : minus_infinity();
+    id = tid < n_warp ? static_cast<int>(shared.low[tid]) : 0x7fffffff;
+    over_lanes(2 * n_warp);
+  }
+  return bad || id == 0x7fffffff ? -1 : id;
+}
+
+// The next token of a row, by one block. The ring is free by now: it holds the scores (where they fit) and sample_row's
+// memory.
+inline __device__ __noinline__ void draw(const Params& p, unsigned char* smem, int row, const uint32_t* words) {
+  auto& shared = *reinterpret_cast<SampleShared<n_thread>*>(smem);
+  const RowSampling sampling = p.sampling[row];
+  int32_t id;
+  if (sampling.temperature < 1e-3f && sampling.mask < 0 && sampling.edits_begin >= sampling.edits_end) {
+    id = draw_greedy(p, shared, words);
+  } else {
+    float* score = p.scores != nullptr ? p.scores + static_cast<int64_t>(row) * p.ex.logit_words
+                                       : reinterpret_cast<float*>(smem + draw_bytes);
+    each_logits(p, words, [&](int at, const uint4& four) { reinterpret_cast<uint4*>(score)[at] = four; });
+    __syncthreads();
+    id = sample_row<n_thread>(shared, score, score, p.n_vocab, sampling, p.edits, p.masks);
+  }
+  if (threadIdx.x != 0) return;
+  p.next_ids[row] = id;
+  if (p.next_ids_host != nullptr) *static_cast<volatile int32_t*>(p.next_ids_host + row) = id;
+}
+
+// What an attention block does.
+template <class T>
+__device__ __forceinline__ void attend_only(const Params& p, unsigned char* smem, uint32_t step) {
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * n_thread + threadIdx.x;
+  const int64_t stride = static_cast<int64_t>(p.n_attention) * n_thread;
+  prefetch_step(p, step, p.n_attention, first, stride);
+  const Share share = share_of(p);
+  const auto between = [&] {
+    reset_before(p, step, first, stride);
+    if (first == 0) await_begun(p, step);
+  };
+  if (share.any()) {
+    with_keys<T>(p, [&](auto v, auto d) {
+      attend_alone<decltype(v), decltype(d)::value, T::group>(p, smem, share, p.ex.set[step & 1], between);
+    });
+  } else {
+    between();
+  }
+  if (p.draw && blockIdx.x == 0) {
+    __syncthreads();  // the sums in shared memory have been read
+    draw(p, smem, 0, p.ex.set[step & 1] + p.ex.logits);
+  }
+}
 
 template <class T>
 __device__ __forceinline__ void work(const Params& p, unsigned char* smem, const int32_t* tokens, uint32_t step,
                                      bool parts, Copier<T>& copier) {
   const int2* segments = reinterpret_cast<const int2*>(smem + p.smem.segments);
   const float* residual = reinterpret_cast<const float*>(smem + p.smem.residual);
-  const Share share = share_of(p);
+  const Share share = T::roles ? Share() : share_of(p);
+  const int n_split = T::roles ? splits_of(p, p.kv_len[0]) : 0;
   if (share.any()) {
     with_width<T>(p, [&](auto d) { prepare_share<decltype(d)::value>(p, smem, share); });
     __syncthreads();
@@ -202,10 +233,14 @@ __device__ __forceinline__ void work(const Params& p, unsigned char* smem, const
                        [&](auto t, auto d) { start_keys<decltype(t), decltype(d)::value>(p, smem, share, layer + 1); });
         }
         MM_TRACE(s * 8 + 1);
-        if (has_pairs) take_pairs<T>(p, smem, words + (kind == stage_o ? p.ex.merged : p.ex.act), p.shape[kind].k / 2);
-        else
+        if (!has_pairs) {
           take_residual<T>(p, smem, kind == stage_gate_up ? words + p.ex.mid : before, tokens,
                            norms + (kind == stage_gate_up ? d_model : 0));
+        } else if (T::roles && kind == stage_o) {
+          if constexpr (T::roles) take_parts<T>(p, smem, words, n_split);
+        } else {
+          take_pairs<T>(p, smem, words + (kind == stage_o ? p.ex.merged : p.ex.act), p.shape[kind].k / 2);
+        }
         MM_TRACE(s * 8 + 2);
       }
       __syncthreads();  // the input is there, the weights are in registers, the former sums have been read
@@ -239,9 +274,14 @@ __device__ __forceinline__ void work(const Params& p, unsigned char* smem, const
       });
     }
     MM_TRACE(s * 8 + 4);
-    if (s == 0 && threadIdx.x >= n_thread / 2)
-      keep_house(p, step, parts, static_cast<int>(threadIdx.x) - n_thread / 2, n_thread / 2);
-    if (kind == stage_qkv) {
+    if (!T::roles && s == 0 && threadIdx.x >= n_thread / 2) {
+      constexpr int n = n_thread / 2;
+      const int64_t first = static_cast<int64_t>(blockIdx.x) * n + threadIdx.x - n;
+      prefetch_step(p, step, parts ? p.ex.n_parts : 0, first, static_cast<int64_t>(gridDim.x) * n);
+      reset_before(p, step, first, static_cast<int64_t>(gridDim.x) * n);
+      if (first == 0) await_begun(p, step);
+    }
+    if (!T::roles && kind == stage_qkv) {
       if (share.any()) {
         with_heads<T>(p, [&](auto t, auto d, auto g) {
           attend<decltype(t), decltype(d)::value, decltype(g)::value>(p, smem, share, layer, words);
@@ -267,27 +307,43 @@ __device__ __forceinline__ void work(const Params& p, unsigned char* smem, const
       kind++;
     }
   }
-  if (p.hidden != nullptr && blockIdx.x == 0) {
+  if (p.hidden != nullptr && static_cast<int>(blockIdx.x) == (T::roles ? p.n_attention : 0)) {
     for (int i = static_cast<int>(threadIdx.x); i < T::n_tok(p) * d_model; i += n_thread)
       p.hidden[i] = residual[i] * norm_factor<T>(p, smem, i / d_model) * norms[i % d_model];
   }
-  if (p.draw && static_cast<int>(blockIdx.x) < T::n_tok(p))
+  if (!T::roles && p.draw && static_cast<int>(blockIdx.x) < T::n_tok(p))
     draw(p, smem, static_cast<int>(blockIdx.x),
          set + p.ex.logits + static_cast<int64_t>(blockIdx.x) * p.ex.logit_words);
   MM_TRACE((4 * p.n_layer + 1) * 8);
+}
+
+// By now every block has read the state: block 0 waited for that.
+template <class T>
+__device__ __forceinline__ void end_step(const Params& p, uint32_t step, int parts) {
+  if (blockIdx.x != 0 || threadIdx.x != 0) return;
+  p.state->rows[step & 1] = T::n_tok(p), p.state->parts[step & 1] = parts;
+  p.state->step = step + 1;
 }
 
 template <class T>
 __global__ void __launch_bounds__(n_thread, 1) step_kernel(const __grid_constant__ Params p) {
   extern __shared__ __align__(1024) unsigned char smem[];
   __shared__ int32_t tokens[max_tokens];
+  __shared__ uint32_t step;
   const int tid = static_cast<int>(threadIdx.x);
+  if (tid == 0) step = p.state->step;
+  if (T::roles && static_cast<int>(blockIdx.x) < p.n_attention) {
+    __syncthreads();
+    if (tid == 0) atomicAdd(&p.state->begun, 1u);
+    if constexpr (T::roles) attend_only<T>(p, smem, step);
+    end_step<T>(p, step, p.n_attention);
+    return;
+  }
   Copier<T> copier(p);
   if (copier.mine()) {
     copier.init(p, smem);
     copier.fill(p, smem);
   }
-  const uint32_t step = p.state->step;
   const int n_segment = 4 * p.n_layer + 1, n_tok = T::n_tok(p);
   int2* segments = reinterpret_cast<int2*>(smem + p.smem.segments);
   for (int i = tid; i < n_segment; i += n_thread)
@@ -301,28 +357,24 @@ __global__ void __launch_bounds__(n_thread, 1) step_kernel(const __grid_constant
   bool parts = false;
   for (int r = 0; r < n_tok; r++) parts |= splits_of(p, p.kv_len[r]) > 1;
   __syncthreads();
+  if (tid == 0) atomicAdd(&p.state->begun, 1u);
   work<T>(p, smem, tokens, step, parts, copier);
-  // All blocks have long read the state: this block's last input depends on all of them.
-  if (blockIdx.x == 0 && tid == 0) {
-    p.state->rows[step & 1] = n_tok, p.state->parts[step & 1] = parts ? 1 : 0;
-    p.state->step = step + 1;
-  }
+  end_step<T>(p, step, parts ? p.ex.n_parts : 0);
 }
 
 // The shapes of MiniMind's small models get kernels of their own, which are half as large and twice as fast.
 template <WeightFormat kFormat, int... kShape>
-Kernel for_tokens(int n_tok) {
-  if (n_tok == 1) return step_kernel<Traits<kFormat, 1, kShape...>>;
-  return n_tok <= 4 ? step_kernel<Traits<kFormat, 4, kShape...>> : step_kernel<Traits<kFormat, 8, kShape...>>;
+Kernel for_tokens(const Params& p) {
+  if (alone(p)) return step_kernel<Traits<kFormat, 1, kShape...>>;
+  return p.n_tok <= 4 ? step_kernel<Traits<kFormat, 4, kShape...>> : step_kernel<Traits<kFormat, 8, kShape...>>;
 }
 template <WeightFormat kFormat>
 Kernel for_shape(const Params& p) {
-  const auto is = [&](int d, int ff, int head, int kv, int dh) {
-    return p.d_model == d && p.d_ff == ff && p.n_head == head && p.n_kv_head == kv && p.d_head == dh;
-  };
-  if (is(768, 2432, 8, 4, 96)) return for_tokens<kFormat, 768, 2432, 96, 2>(p.n_tok);
-  if (is(512, 1408, 8, 2, 64)) return for_tokens<kFormat, 512, 1408, 64, 4>(p.n_tok);
-  return step_kernel<Traits<kFormat, 8>>;
+  switch (known_shape(p)) {
+    case 1: return for_tokens<kFormat, 768, 2432, 96, 2>(p);
+    case 2: return for_tokens<kFormat, 512, 1408, 64, 4>(p);
+    default: return step_kernel<Traits<kFormat, 8>>;
+  }
 }
 
 }  // namespace mm::cuda::persistent

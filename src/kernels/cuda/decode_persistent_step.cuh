@@ -72,25 +72,23 @@ struct Copier {
 
 // --- keeping house: this step's words of the exchange into L2, the other set's back to `unset` --------------------
 template <class F>
-__device__ __forceinline__ void each_part_of_set(const Params& p, int64_t rows, bool parts, F&& f) {
+__device__ __forceinline__ void each_part_of_set(const Params& p, int64_t rows, int64_t parts, F&& f) {
 #pragma unroll 1
   for (int layer = 0; layer < p.n_layer; layer++) {
     const int64_t base = layer * p.ex.layer_words;
     const int64_t at[6] = {p.ex.qkv, p.ex.merged, p.ex.mid, p.ex.act, p.ex.out, p.ex.parts};
-    const int64_t n[6] = {rows * p.qkv_width, rows * (p.n_head * p.d_head / 2),
-                          rows * p.d_model,   rows * (p.d_ff / 2),
-                          rows * p.d_model,   parts ? static_cast<int64_t>(p.ex.n_parts) * p.ex.part_words : 0};
+    const int64_t n[6] = {rows * p.qkv_width, rows * (p.n_head * p.d_head / 2), rows * p.d_model, rows * (p.d_ff / 2),
+                          rows * p.d_model,   parts * p.ex.part_words};
 #pragma unroll
     for (int i = 0; i < 6; i++) f(base + at[i], n[i]);
   }
   f(p.ex.logits, rows * p.ex.logit_words);
 }
 
-// By the threads from `thread` on of `n` of every block.
-inline __device__ __noinline__ void keep_house(const Params& p, uint32_t step, bool parts, int thread, int n) {
-  const int set = static_cast<int>(step & 1);
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * n + thread, stride = static_cast<int64_t>(gridDim.x) * n;
-  uint32_t* now = p.ex.set[set];
+// By `stride` threads of several blocks, each `first`.
+inline __device__ __noinline__ void prefetch_step(const Params& p, uint32_t step, int parts, int64_t first,
+                                                  int64_t stride) {
+  uint32_t* now = p.ex.set[step & 1];
   each_part_of_set(p, p.n_tok, parts, [&](int64_t at, int64_t words) {
 #pragma unroll 1
     for (int64_t i = first * 32; i < words; i += stride * 32)
@@ -101,12 +99,21 @@ inline __device__ __noinline__ void keep_house(const Params& p, uint32_t step, b
 #pragma unroll 1
   for (int64_t i = first * 32; i < n_norms; i += stride * 32)
     asm volatile("prefetch.global.L2 [%0];" ::"l"(p.norms + i));
-  uint32_t* before = p.ex.set[set ^ 1];
-  each_part_of_set(p, p.state->rows[set ^ 1], p.state->parts[set ^ 1] != 0, [&](int64_t at, int64_t words) {
+}
+inline __device__ __noinline__ void reset_before(const Params& p, uint32_t step, int64_t first, int64_t stride) {
+  const uint32_t set = (step & 1) ^ 1;
+  uint32_t* before = p.ex.set[set];
+  each_part_of_set(p, p.state->rows[set], p.state->parts[set], [&](int64_t at, int64_t words) {
 #pragma unroll 1
     for (int64_t i = first * 4; i < words; i += stride * 4)
       *reinterpret_cast<uint4*>(before + at + i) = make_uint4(unset, unset, unset, unset);
   });
+}
+
+// For block 0: until every block has read the number of the step.
+__device__ __forceinline__ void await_begun(const Params& p, uint32_t step) {
+  SpinGuard guard(8);
+  while (static_cast<int32_t>(load_word(&p.state->begun) - (step + 1) * gridDim.x) < 0) guard.spin();
 }
 
 // --- products -----------------------------------------------------------------------------------------------------
@@ -366,10 +373,10 @@ __device__ __forceinline__ void take_pairs(const Params& p, unsigned char* smem,
 template <class T>
 __device__ __forceinline__ float norm_factor(const Params& p, const unsigned char* smem, int token) {
   const float4* sums = reinterpret_cast<const float4*>(smem + p.smem.sums + token * p.sum_stride * 4);
-  const float4 a = sums[0];
-  float ss = (a.x + a.y) + (a.z + a.w);
-#pragma unroll 1
-  for (int i = 1; i < p.sum_stride / 4; i++) {
+  float ss = 0.0f;
+  const int n = T::fixed ? (T::d_model(p) + 511) / 512 : p.sum_stride / 4;
+#pragma unroll(T::fixed ? 4 : 1)
+  for (int i = 0; i < n; i++) {
     const float4 b = sums[i];
     ss += (b.x + b.y) + (b.z + b.w);
   }
