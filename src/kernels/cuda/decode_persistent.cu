@@ -189,9 +189,55 @@ const char* unsupported(const Context& ctx, const InferModel& m, const InferKv& 
   return nullptr;
 }
 
+// Shared memory of a step with one row: the ring, then the rest.
+SharedPlan plan_row(const Params& p) {
+  SharedPlan s = {};
+  int at = alone_bytes;
+  const auto piece = [&](int bytes) { return at -= (bytes + 127) / 128 * 128; };
+  s.bytes = alone_bytes;
+  s.full = piece(8 * row_barriers), s.passes = piece(static_cast<int>(sizeof(RowPass)) * p.n_pass);
+  s.part = piece(2 * row_part_bytes), s.sums = piece(2 * n_warp * static_cast<int>(sizeof(float)));
+  s.ring = at;
+  return s;
+}
+
+// The passes of a step with one row. ring, unit: bytes.
+std::vector<RowPass> plan_passes(const Deal& deal, const std::vector<int>& units, int unit, uint32_t ring,
+                                 size_t block) {
+  const RowPass end = {.from = 0, .bytes = 0, .to = 0, .after = 0, .stage = -1, .first_tile = 0, .tiles = 0, .unused = 0};
+  std::vector<RowPass> all;
+  uint32_t from = 0, to = 0;
+  for (size_t s = 0; s < units.size(); s++) {
+    const int2 run = deal.segments[block * units.size() + s];
+    const int most = s % 4 == stage_down ? row_tiles_ff : row_tiles;  // 4 n_layer is the head
+    for (int done = 0; done < run.y; done += most) {
+      RowPass x = end;
+      x.stage = static_cast<int>(s), x.first_tile = run.x + done, x.tiles = std::min(most, run.y - done);
+      x.from = from, x.bytes = static_cast<uint32_t>(x.tiles * units[s] * unit);
+      x.to = to + x.bytes <= ring ? to : 0;
+      x.after = all.size() < row_barriers ? 0 : static_cast<uint32_t>(all.size()) - row_barriers + 1;
+      for (size_t k = all.size(); k-- > x.after;) {  // the last pass that lies where this one goes
+        if (all[k].to < x.to + x.bytes && x.to < all[k].to + all[k].bytes) {
+          x.after = static_cast<uint32_t>(k) + 1;
+          break;
+        }
+      }
+      if (!all.empty()) x.after = std::max(x.after, all.back().after);
+      from += x.bytes, to = x.to + x.bytes;
+      all.push_back(x);
+    }
+  }
+  all.push_back(end);
+  return all;
+}
+
 // Shared memory for n_tok tokens; what is left is the ring. False where that is too small.
 bool plan_shared(Params& p, WeightFormat format, int limit) {
   SharedPlan& s = p.smem;
+  if (alone(p)) {
+    s = plan_row(p);
+    return true;
+  }
   int k_max = 0;
   for (const StageShape& shape : p.shape) k_max = std::max(k_max, shape.k);
   const int size = p.kv_format == KvFormat::i8 ? 1 : 2;
@@ -218,7 +264,6 @@ bool plan_shared(Params& p, WeightFormat format, int limit) {
       s.input = piece(static_cast<size_t>(p.n_tok * s.input_stride));
       s.part = piece(static_cast<size_t>(part));
       s.sums = piece(static_cast<size_t>(4 * p.n_tok * p.sum_stride));
-      if (alone(p)) return;
       s.q = piece(static_cast<size_t>(8 * (2 * p.d_head + 16)));
       s.own = piece(static_cast<size_t>(2 * p.d_head * size + 8));
       s.ml = piece(4 * 8 * 2 * 4);
@@ -233,7 +278,7 @@ bool plan_shared(Params& p, WeightFormat format, int limit) {
     at = 0;
     piece(static_cast<size_t>(s.n_slots * slot_bytes));
     rest();
-    s.bytes = std::max(static_cast<int>(at), alone(p) ? alone_bytes : 0);
+    s.bytes = static_cast<int>(at);
     for (StageShape& shape : p.shape) shape.tiles_per_pass = tiles_per_pass(shape.units, s.held);
     return s.bytes <= limit;
   }
@@ -260,7 +305,9 @@ void plan_exchange(PersistentDecode& d) {
     return begin;
   };
   ex.part_words = static_cast<int>(align_up(static_cast<size_t>(group * (p.d_head + 2)), 4));
-  ex.n_parts = std::max(d.grid, p.max_rows * p.n_kv_head);
+  const int64_t row_words = 2 * row_splits(p.n_kv_head) * width;
+  p.n_row_parts = static_cast<int>(div_up(row_words, ex.part_words));
+  ex.n_parts = std::max({d.grid, p.max_rows * p.n_kv_head, p.n_row_parts});
   ex.qkv = piece(rows * (width + 2 * p.n_kv_head * p.d_head));
   ex.parts = piece(int64_t{ex.n_parts} * ex.part_words);
   ex.merged = piece(rows * width / 2);
@@ -270,7 +317,8 @@ void plan_exchange(PersistentDecode& d) {
   ex.layer_words = at;
   ex.logits = at * p.n_layer;
   ex.logit_words = static_cast<int>(align_up(static_cast<size_t>(p.n_vocab), 8));
-  ex.set_words = ex.logits + rows * ex.logit_words;
+  ex.stream = ex.logits + rows * ex.logit_words;
+  ex.set_words = ex.stream + static_cast<int64_t>(align_up(static_cast<size_t>(p.d_model), 4));
   auto* words = d.take<uint32_t>(static_cast<size_t>(2 * ex.set_words));
   ex.set[0] = words, ex.set[1] = words + ex.set_words;
 }
@@ -315,23 +363,6 @@ PersistentDecode* persistent_decode_create(const Context& ctx, const InferModel&
   const InferMatrix* of_stage[5] = {&m.layers[0].qkv, &m.layers[0].o, &m.layers[0].gate_up, &m.layers[0].down, &m.head};
   for (int i = 0; i < 5; i++) p.shape[i] = {static_cast<int>(of_stage[i]->k / uk), 0, static_cast<int>(of_stage[i]->k)};
   if (p.max_rows * p.n_kv_head > d->grid) return give_up("too few multiprocessors for so many key heads");
-  bool scores_fit = true;
-  for (int n = 1; n <= p.max_rows; n++) {
-    p.n_tok = n;
-    if (!plan_shared(p, d->format, d->shared_limit))
-      return give_up("the shared memory of a multiprocessor is too small");
-    const Kernel kernel = kernel_of(d->format, p);
-    MM_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, p.smem.bytes));
-    const size_t ring = static_cast<size_t>(p.smem.n_slots * slot_units * unit_bytes(d->format));
-    scores_fit &= draw_bytes + align_up(static_cast<size_t>(p.n_vocab), 8) * 4 <= ring;
-    int resident = 0;
-    MM_CUDA_CHECK(
-        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, n_thread, static_cast<size_t>(p.smem.bytes)));
-    if (resident < 1) return give_up("the kernel does not fit a multiprocessor");
-    MM_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, d->shared_limit));
-  }
-
-  // Weights.
   std::vector<int> tiles, units;
   for (int64_t l = 0; l <= m.n_layer; l++) {
     for (int i = 0; i < 4 && l < m.n_layer; i++) {
@@ -344,9 +375,41 @@ PersistentDecode* persistent_decode_create(const Context& ctx, const InferModel&
   }
   tiles.push_back(static_cast<int>(div_up(m.n_vocab, rows_per_tile))), units.push_back(p.shape[stage_head].units);
   const Deal deal = deal_out(d->grid, p.n_attention, tiles, units);
+  const auto passes_of = [&](int block, int ring) {
+    return plan_passes(deal, units, unit_bytes(d->format), static_cast<uint32_t>(ring), static_cast<size_t>(block));
+  };
+  for (int b = 0; b < d->grid; b++) p.n_pass = std::max(p.n_pass, static_cast<int>(passes_of(b, alone_bytes).size()));
+  bool scores_fit = true;
+  for (int n = 1; n <= p.max_rows; n++) {
+    p.n_tok = n;
+    if (!plan_shared(p, d->format, d->shared_limit))
+      return give_up("the shared memory of a multiprocessor is too small");
+    const Kernel kernel = kernel_of(d->format, p);
+    MM_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, p.smem.bytes));
+    const int room = alone(p) ? alone_bytes : p.smem.n_slots * slot_units * unit_bytes(d->format);
+    scores_fit &= draw_bytes + align_up(static_cast<size_t>(p.n_vocab), 8) * 4 <= static_cast<size_t>(room);
+    int resident = 0;
+    MM_CUDA_CHECK(
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, n_thread, static_cast<size_t>(p.smem.bytes)));
+    if (resident < 1) return give_up("the kernel does not fit a multiprocessor");
+    MM_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, d->shared_limit));
+  }
+
+  // Weights.
   auto* segments = d->take<int2>(deal.segments.size());
   auto* block_begin = d->take<uint32_t>(deal.block_begin.size());
   auto* tile_begin = d->take<uint32_t>(deal.tile_begin.size());
+  if (p.n_attention > 0) {
+    std::vector<RowPass> passes;
+    for (int b = 0; b < d->grid; b++) {
+      const auto of_block = passes_of(b, plan_row(p).ring);
+      passes.insert(passes.end(), of_block.begin(), of_block.end());
+      passes.resize(static_cast<size_t>(b + 1) * static_cast<size_t>(p.n_pass), of_block.back());
+    }
+    auto* to = d->take<RowPass>(passes.size());
+    MM_CUDA_CHECK(cudaMemcpy(to, passes.data(), passes.size() * sizeof(RowPass), cudaMemcpyHostToDevice));
+    p.passes = to;
+  }
   auto* stream = d->take<unsigned char>(size_t{deal.block_begin.back()} * static_cast<size_t>(unit_bytes(d->format)));
   p.norm_stride = p.d_model * 2 + (m.layers[0].q_norm != nullptr ? 2 * p.d_head : 0);
   p.norm_q = m.layers[0].q_norm != nullptr ? 2 * p.d_model : -1;
@@ -400,7 +463,7 @@ void persistent_decode_run(const Context& ctx, PersistentDecode* d, const InferS
   Params p = d->params;
   if (step.n_tok > p.max_rows) fail("persistent decode", "more rows than it was made for", __FILE__, __LINE__);
   p.n_tok = static_cast<int>(step.n_tok);
-  p.max_split = alone(p) ? std::min(alone_splits, p.n_attention / p.n_kv_head) : d->grid / (p.n_tok * p.n_kv_head);
+  p.max_split = alone(p) ? p.n_attention / p.n_kv_head : d->grid / (p.n_tok * p.n_kv_head);
   plan_shared(p, d->format, d->shared_limit);
   p.ids = step.ids, p.prev_ids = sample.prev_ids, p.positions = step.positions, p.slots = step.slots;
   p.kv_len = step.kv_len, p.table = step.table, p.table_ld = step.table_ld, p.block_shift = step.block_shift;

@@ -42,11 +42,12 @@ __host__ __device__ constexpr int tiles_per_pass(int units, int held) {
 // `unset` is a NaN that arithmetic does not make (it makes 0x7fffffff).
 constexpr uint32_t unset = 0xffffffffu;
 
-// Words of one set: [n_layer][layer_words], then logits [max_rows][logit_words]. Within a layer (words from its start):
+// Words of one set: [n_layer][layer_words], then logits [max_rows][logit_words], stream [d_model]. Within a layer (words from its start):
 struct Exchange {
   uint32_t* set[2] = {};
   int64_t layer_words = 0, logits = 0, set_words = 0;
   int64_t qkv = 0, parts = 0, merged = 0, mid = 0, act = 0, out = 0;  // each [max_rows][width], parts see attention
+  int64_t stream = 0;  // of the set: a single row's residual stream before the first layer
   int part_words = 0, n_parts = 0;
   int logit_words = 0;
 };
@@ -64,9 +65,17 @@ struct StageShape {
 };
 enum StageKind { stage_qkv = 0, stage_o = 1, stage_gate_up = 2, stage_down = 3, stage_head = 4 };
 
+// The host's plan for a step with one row: a block's weights pass by pass, each in one piece of the ring.
+struct RowPass {
+  uint32_t from, bytes;  // of the block's stream
+  uint32_t to, after;    // byte in the ring; may be copied once so many passes have been taken
+  int stage, first_tile, tiles, unused;  // stage -1: the end
+};
+static_assert(sizeof(RowPass) == 32);
+
 // Byte offsets in a block's shared memory.
 struct SharedPlan {
-  int full, segments, residual, input, part, sums, q, own, ml, scores, rows, rope, kv_ring, bytes;
+  int full, passes, segments, residual, input, part, sums, q, own, ml, scores, rows, rope, kv_ring, ring, bytes;
   int input_stride;  // bytes between tokens of `input`
   int n_slots, held;
 };
@@ -76,10 +85,13 @@ struct Params {
   float eps, scale2, inv_d;  // attention scale * log2 e, 1 / d_model
   int n_tok, max_rows, max_split, qkv_width;
   int n_attention;  // the first blocks, which have no weights; 0: none. They run a single row's attention.
+  int n_row_parts;  // of ex.parts, what that writes
   StageShape shape[5];
   const unsigned char* stream;
   const uint32_t* block_begin;  // [grid + 1] units
   const int2* segments;         // [grid][4 n_layer + 1] first tile, tiles
+  const RowPass* passes;        // [grid][n_pass]
+  int n_pass;                   // with the end
   const float* norms;           // [n_layer][norm_stride]: input, post, q, k; then final
   int norm_stride, norm_q;      // norm_q: where q's begins, k's follows; -1: no qk-norm
   const void* embed;
@@ -120,6 +132,16 @@ inline int known_shape(const Params& p) {
   return is(768, 2432, 8, 4, 96) ? 1 : is(512, 1408, 8, 2, 64) ? 2 : 0;
 }
 inline bool alone(const Params& p) { return p.n_attention > 0 && p.n_tok == 1; }  // attention in blocks of its own
+
+// A step with one row: the first blocks run its attention, the others products (decode_persistent_alone.cuh,
+// decode_persistent_row.cuh).
+constexpr int attention_blocks = 8;
+__host__ __device__ constexpr int row_splits(int n_kv_head) { return attention_blocks / n_kv_head; }  // of its keys
+constexpr int alone_bytes = 216 * 1024;                   // of shared memory
+constexpr int row_barriers = 32;                          // passes under way at most
+constexpr int row_tiles = held_tiles, row_tiles_ff = 1;   // of a pass: of width d_model, d_ff
+constexpr int row_sum_pitch = 2 * n_warp + 4;             // floats between a pass's outputs, for the sums of its warps
+constexpr int row_part_bytes = row_tiles * rows_per_tile * row_sum_pitch * 4;
 
 using Kernel = void (*)(Params);
 Kernel kernel_of_bf16(const Params&p), kernel_of_i8(const Params&p);  // for p's shape and number of tokens

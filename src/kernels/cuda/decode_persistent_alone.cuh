@@ -5,16 +5,14 @@
 //   prepare  one warp a head: norm, rotation; queries as bf16, the own key and value as the cache holds them
 //   round    a warp's own 16 keys, scores and values, all in registers: no block-wide meeting
 //   merge    the warps' sums through shared memory; published unnormalized with maximum and sum, for the readers to
-//            merge (take_parts)
+//            merge (RowInput::take_parts)
 #pragma once
 
 #include "kernels/cuda/decode_persistent_attention.cuh"
 
 namespace mm::cuda::persistent {
 
-constexpr int attention_blocks = 8, alone_splits = 4;  // blocks; shares of a row's keys at most
-constexpr int alone_keys = 16 * n_warp;                // of a round
-constexpr int alone_bytes = 216 * 1024;                // of shared memory
+constexpr int alone_keys = 16 * n_warp;  // of a round
 
 // Byte offsets in shared memory.
 template <class V, int D, int G>
@@ -247,23 +245,31 @@ __device__ __forceinline__ void attend_alone(const Params& p, unsigned char* sme
     if (warp < n_part) a.hand_over(smem);
     __syncthreads();
     MM_TRACE(layer * 8 + 4);
-    uint32_t* const part = words + p.ex.parts + (share.kv * p.max_split + share.split) * p.ex.part_words;
+    // [split][n_head D], then [split][n_head D / 32] lines of {maximum, sum}
+    uint32_t* const part = words + p.ex.parts + (share.split * p.n_head + share.kv * G) * D;
 #pragma unroll 1
     for (int i = tid; i < G * D; i += n_thread) {
       const int head = i / D, c = i - head * D;
-      const float2* ml = reinterpret_cast<const float2*>(smem + L::ml) + head;
+      const float2* of_warp = reinterpret_cast<const float2*>(smem + L::ml) + head;
       const float* of = reinterpret_cast<const float*>(smem + L::sums) + head * L::sum_pitch + c;
-      float top = minus_infinity(), sum = 0.0f, x = 0.0f;
-#pragma unroll 4
-      for (int w = 0; w < n_part; w++) top = fmaxf(top, ml[w * G].x);
-#pragma unroll 4
-      for (int w = 0; w < n_part; w++) {
-        const float2 y = ml[w * G];
-        const float f = exp2_fast(y.x - reference(top));
-        sum += f * y.y, x += f * of[w * G * L::sum_pitch];
+      float2 y[n_warp];  // maximum, sum
+      float values[n_warp], top = minus_infinity(), sum = 0.0f, x = 0.0f;
+#pragma unroll
+      for (int w = 0; w < n_warp; w++) {
+        y[w] = w < n_part ? of_warp[w * G] : make_float2(minus_infinity(), 0.0f);
+        values[w] = w < n_part ? of[w * G * L::sum_pitch] : 0.0f;
+      }
+#pragma unroll
+      for (int w = 0; w < n_warp; w++) top = fmaxf(top, y[w].x);
+      const float r = reference(top);
+#pragma unroll
+      for (int w = 0; w < n_warp; w++) {
+        const float f = exp2_fast(y[w].x - r);
+        sum += f * y[w].y, x += f * values[w];
       }
       publish(part + i, x);
-      if (c == 0) publish(part + G * D + 2 * head, top), publish(part + G * D + 2 * head + 1, sum);
+      uint32_t* const line = part + p.max_split * p.n_head * D + i;
+      if (i % 32 == 0) publish(line, top), publish(line + 1, sum);
     }
     MM_TRACE(layer * 8 + 5);
     if (n_round > 0) {
@@ -273,46 +279,6 @@ __device__ __forceinline__ void attend_alone(const Params& p, unsigned char* sme
     if (layer == 0) between();
     MM_TRACE(layer * 8 + 6);
     words += p.ex.layer_words, norms += p.norm_stride;
-  }
-}
-
-// The parts of the row, merged, as bf16 pairs into `input`: what the o stage begins with.
-template <class T>
-__device__ __forceinline__ void take_parts(const Params& p, unsigned char* smem, const uint32_t* words, int n_split) {
-  constexpr int D = T::d_head, G = T::group;
-#pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x); i < p.n_head * D / 4; i += n_thread) {
-    const int head = 4 * i / D, kv = head / G, h = head % G;
-    const uint32_t* part = words + p.ex.parts + kv * p.max_split * p.ex.part_words;
-    const uint32_t* values = part + h * D + (4 * i - head * D);
-    const uint32_t* ml = part + G * D + 2 * h;
-    uint4 x[alone_splits];
-    uint32_t m[alone_splits], l[alone_splits];
-#pragma unroll
-    for (int s = 0; s < alone_splits; s++) {
-      if (s >= n_split) break;
-      x[s] = load_words(values + s * p.ex.part_words);
-      m[s] = load_word(ml + s * p.ex.part_words), l[s] = load_word(ml + s * p.ex.part_words + 1);
-    }
-    float top = minus_infinity(), sum = 0.0f, out[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    SpinGuard guard(7);
-#pragma unroll
-    for (int s = 0; s < alone_splits; s++) {
-      if (s >= n_split) break;
-      while ((any_unset(x[s]) || m[s] == unset || l[s] == unset) && !probing(p, 1)) {
-        x[s] = load_words(values + s * p.ex.part_words);
-        m[s] = load_word(ml + s * p.ex.part_words), l[s] = load_word(ml + s * p.ex.part_words + 1);
-        guard.spin();
-      }
-      const float to = fmaxf(top, __uint_as_float(m[s])), r = reference(to);
-      const float old = exp2_fast(top - r), f = exp2_fast(__uint_as_float(m[s]) - r);
-      top = to, sum = sum * old + f * __uint_as_float(l[s]);
-      out[0] = out[0] * old + f * __uint_as_float(x[s].x), out[1] = out[1] * old + f * __uint_as_float(x[s].y);
-      out[2] = out[2] * old + f * __uint_as_float(x[s].z), out[3] = out[3] * old + f * __uint_as_float(x[s].w);
-    }
-    const float inv = sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);  // no keys: zero
-    *reinterpret_cast<uint2*>(smem + p.smem.input + 8 * i) =
-        make_uint2(pack2<bf16>(out[0] * inv, out[1] * inv), pack2<bf16>(out[2] * inv, out[3] * inv));
   }
 }
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "kernels/cuda/decode_persistent_alone.cuh"
-#include "kernels/cuda/decode_persistent_step.cuh"
+#include "kernels/cuda/decode_persistent_row.cuh"
 #include "kernels/cuda/sample.cuh"
 
 namespace mm::cuda::persistent {
@@ -73,8 +73,6 @@ __device__ __forceinline__ Share share_of(const Params& p) {
   s.row = row, s.slot = p.slots[row];
   return s;
 }
-
-__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 
 constexpr int draw_bytes = (static_cast<int>(sizeof(SampleShared<n_thread>)) + 127) / 128 * 128;
 
@@ -156,12 +154,23 @@ inline __device__ __noinline__ void draw(const Params& p, unsigned char* smem, i
   if (p.next_ids_host != nullptr) *static_cast<volatile int32_t*>(p.next_ids_host + row) = id;
 }
 
+__device__ __forceinline__ int32_t token_of(const Params& p, int row) {
+  int id = p.ids[row];
+  if (id < 0 && p.prev_ids != nullptr) id = p.prev_ids[-1 - id];
+  return id < 0 || id >= p.n_vocab ? 0 : id;  // a failed draw (-1): any token, its sequence is over
+}
+
 // What an attention block does.
 template <class T>
 __device__ __forceinline__ void attend_only(const Params& p, unsigned char* smem, uint32_t step) {
   const int64_t first = static_cast<int64_t>(blockIdx.x) * n_thread + threadIdx.x;
   const int64_t stride = static_cast<int64_t>(p.n_attention) * n_thread;
-  prefetch_step(p, step, p.n_attention, first, stride);
+  if (4 * first < p.d_model) {
+    const float4 x = embedded(p, token_of(p, 0), static_cast<int>(4 * first));
+    uint32_t* to = p.ex.set[step & 1] + p.ex.stream + 4 * first;
+    publish(to, x.x), publish(to + 1, x.y), publish(to + 2, x.z), publish(to + 3, x.w);
+  }
+  prefetch_step(p, step, p.n_row_parts, first, stride);
   const Share share = share_of(p);
   const auto between = [&] {
     reset_before(p, step, first, stride);
@@ -185,8 +194,7 @@ __device__ __forceinline__ void work(const Params& p, unsigned char* smem, const
                                      bool parts, Copier<T>& copier) {
   const int2* segments = reinterpret_cast<const int2*>(smem + p.smem.segments);
   const float* residual = reinterpret_cast<const float*>(smem + p.smem.residual);
-  const Share share = T::roles ? Share() : share_of(p);
-  const int n_split = T::roles ? splits_of(p, p.kv_len[0]) : 0;
+  const Share share = share_of(p);
   if (share.any()) {
     with_width<T>(p, [&](auto d) { prepare_share<decltype(d)::value>(p, smem, share); });
     __syncthreads();
@@ -236,8 +244,6 @@ __device__ __forceinline__ void work(const Params& p, unsigned char* smem, const
         if (!has_pairs) {
           take_residual<T>(p, smem, kind == stage_gate_up ? words + p.ex.mid : before, tokens,
                            norms + (kind == stage_gate_up ? d_model : 0));
-        } else if (T::roles && kind == stage_o) {
-          if constexpr (T::roles) take_parts<T>(p, smem, words, n_split);
         } else {
           take_pairs<T>(p, smem, words + (kind == stage_o ? p.ex.merged : p.ex.act), p.shape[kind].k / 2);
         }
@@ -274,14 +280,14 @@ __device__ __forceinline__ void work(const Params& p, unsigned char* smem, const
       });
     }
     MM_TRACE(s * 8 + 4);
-    if (!T::roles && s == 0 && threadIdx.x >= n_thread / 2) {
+    if (s == 0 && threadIdx.x >= n_thread / 2) {
       constexpr int n = n_thread / 2;
       const int64_t first = static_cast<int64_t>(blockIdx.x) * n + threadIdx.x - n;
       prefetch_step(p, step, parts ? p.ex.n_parts : 0, first, static_cast<int64_t>(gridDim.x) * n);
       reset_before(p, step, first, static_cast<int64_t>(gridDim.x) * n);
       if (first == 0) await_begun(p, step);
     }
-    if (!T::roles && kind == stage_qkv) {
+    if (kind == stage_qkv) {
       if (share.any()) {
         with_heads<T>(p, [&](auto t, auto d, auto g) {
           attend<decltype(t), decltype(d)::value, decltype(g)::value>(p, smem, share, layer, words);
@@ -307,11 +313,11 @@ __device__ __forceinline__ void work(const Params& p, unsigned char* smem, const
       kind++;
     }
   }
-  if (p.hidden != nullptr && static_cast<int>(blockIdx.x) == (T::roles ? p.n_attention : 0)) {
+  if (p.hidden != nullptr && blockIdx.x == 0) {
     for (int i = static_cast<int>(threadIdx.x); i < T::n_tok(p) * d_model; i += n_thread)
       p.hidden[i] = residual[i] * norm_factor<T>(p, smem, i / d_model) * norms[i % d_model];
   }
-  if (!T::roles && p.draw && static_cast<int>(blockIdx.x) < T::n_tok(p))
+  if (p.draw && static_cast<int>(blockIdx.x) < T::n_tok(p))
     draw(p, smem, static_cast<int>(blockIdx.x),
          set + p.ex.logits + static_cast<int64_t>(blockIdx.x) * p.ex.logit_words);
   MM_TRACE((4 * p.n_layer + 1) * 8);
@@ -328,38 +334,46 @@ __device__ __forceinline__ void end_step(const Params& p, uint32_t step, int par
 template <class T>
 __global__ void __launch_bounds__(n_thread, 1) step_kernel(const __grid_constant__ Params p) {
   extern __shared__ __align__(1024) unsigned char smem[];
-  __shared__ int32_t tokens[max_tokens];
   __shared__ uint32_t step;
   const int tid = static_cast<int>(threadIdx.x);
   if (tid == 0) step = p.state->step;
-  if (T::roles && static_cast<int>(blockIdx.x) < p.n_attention) {
+  if constexpr (T::roles) {
+    if (static_cast<int>(blockIdx.x) < p.n_attention) {
+      __syncthreads();
+      if (tid == 0) atomicAdd(&p.state->begun, 1u);
+      attend_only<T>(p, smem, step);
+      end_step<T>(p, step, p.n_row_parts);
+      return;
+    }
+    uint4* passes = reinterpret_cast<uint4*>(smem + p.smem.passes);
+    const uint4* from = reinterpret_cast<const uint4*>(p.passes + static_cast<int64_t>(blockIdx.x) * p.n_pass);
+    for (int i = tid; i < 2 * p.n_pass; i += n_thread) passes[i] = from[i];
+    RowCopier<T> copier;
+    if (copier.mine()) copier.init(p, smem);
     __syncthreads();
     if (tid == 0) atomicAdd(&p.state->begun, 1u);
-    if constexpr (T::roles) attend_only<T>(p, smem, step);
-    end_step<T>(p, step, p.n_attention);
-    return;
+    if (copier.mine()) copier.fill(p, smem, 0);
+    work_row<T>(p, smem, step, copier);
+  } else {
+    __shared__ int32_t tokens[max_tokens];
+    Copier<T> copier(p);
+    if (copier.mine()) {
+      copier.init(p, smem);
+      copier.fill(p, smem);
+    }
+    const int n_segment = 4 * p.n_layer + 1, n_tok = T::n_tok(p);
+    int2* segments = reinterpret_cast<int2*>(smem + p.smem.segments);
+    for (int i = tid; i < n_segment; i += n_thread)
+      segments[i] = p.segments[static_cast<int64_t>(blockIdx.x) * n_segment + i];
+    if (tid < n_tok * p.sum_stride) reinterpret_cast<float*>(smem + p.smem.sums)[tid] = 0.0f;
+    if (tid < n_tok) tokens[tid] = token_of(p, tid);
+    bool parts = false;
+    for (int r = 0; r < n_tok; r++) parts |= splits_of(p, p.kv_len[r]) > 1;
+    __syncthreads();
+    if (tid == 0) atomicAdd(&p.state->begun, 1u);
+    work<T>(p, smem, tokens, step, parts, copier);
+    end_step<T>(p, step, parts ? p.ex.n_parts : 0);
   }
-  Copier<T> copier(p);
-  if (copier.mine()) {
-    copier.init(p, smem);
-    copier.fill(p, smem);
-  }
-  const int n_segment = 4 * p.n_layer + 1, n_tok = T::n_tok(p);
-  int2* segments = reinterpret_cast<int2*>(smem + p.smem.segments);
-  for (int i = tid; i < n_segment; i += n_thread)
-    segments[i] = p.segments[static_cast<int64_t>(blockIdx.x) * n_segment + i];
-  if (tid < n_tok * p.sum_stride) reinterpret_cast<float*>(smem + p.smem.sums)[tid] = 0.0f;
-  if (tid < n_tok) {
-    int id = p.ids[tid];
-    if (id < 0 && p.prev_ids != nullptr) id = p.prev_ids[-1 - id];
-    tokens[tid] = id < 0 || id >= p.n_vocab ? 0 : id;  // a failed draw (-1): any token, its sequence is over
-  }
-  bool parts = false;
-  for (int r = 0; r < n_tok; r++) parts |= splits_of(p, p.kv_len[r]) > 1;
-  __syncthreads();
-  if (tid == 0) atomicAdd(&p.state->begun, 1u);
-  work<T>(p, smem, tokens, step, parts, copier);
-  end_step<T>(p, step, parts ? p.ex.n_parts : 0);
 }
 
 // The shapes of MiniMind's small models get kernels of their own, which are half as large and twice as fast.

@@ -83,6 +83,7 @@ __device__ __forceinline__ void each_part_of_set(const Params& p, int64_t rows, 
     for (int i = 0; i < 6; i++) f(base + at[i], n[i]);
   }
   f(p.ex.logits, rows * p.ex.logit_words);
+  f(p.ex.stream, p.d_model);
 }
 
 // By `stride` threads of several blocks, each `first`.
@@ -91,14 +92,14 @@ inline __device__ __noinline__ void prefetch_step(const Params& p, uint32_t step
   uint32_t* now = p.ex.set[step & 1];
   each_part_of_set(p, p.n_tok, parts, [&](int64_t at, int64_t words) {
 #pragma unroll 1
-    for (int64_t i = first * 32; i < words; i += stride * 32)
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(now + at + i));
+    for (int64_t i = first * 8; i < words; i += stride * 8)
+      asm volatile("prefetch.global.L2::evict_last [%0];" ::"l"(now + at + i));
   });
   if (p.draw && first < p.n_tok) asm volatile("prefetch.global.L2 [%0];" ::"l"(p.sampling + first));
   const int64_t n_norms = static_cast<int64_t>(p.n_layer) * p.norm_stride + p.d_model;
 #pragma unroll 1
-  for (int64_t i = first * 32; i < n_norms; i += stride * 32)
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(p.norms + i));
+  for (int64_t i = first * 8; i < n_norms; i += stride * 8)
+    asm volatile("prefetch.global.L2::evict_last [%0];" ::"l"(p.norms + i));
 }
 inline __device__ __noinline__ void reset_before(const Params& p, uint32_t step, int64_t first, int64_t stride) {
   const uint32_t set = (step & 1) ^ 1;
@@ -184,7 +185,7 @@ __device__ __forceinline__ void multiply(const Params& p, unsigned char* smem, c
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4,
             t = lane % 4;
   const int n_tok = T::n_tok(p);
-  const int token = T::tok == 1 ? 0 : min(T::wide ? g : g % 4, n_tok - 1);
+  const int token = min(T::wide ? g : g % 4, n_tok - 1);
   const unsigned char* x = smem + p.smem.input + token * p.smem.input_stride + t * 16 + (!T::wide && g >= 4 ? 8 : 0);
   // r: column pairs 0, 4, 2, 6; b: of x, pairs 0, 2, 4, 6 (wide) or this lane's two.
   const auto add = [&](float(&c)[4], const uint32_t(&r)[4], const uint4& b) {
@@ -257,7 +258,7 @@ __device__ __forceinline__ void multiply(const Params& p, unsigned char* smem, c
 #pragma unroll
   for (int i = 0; i < n_tile; i++) {
 #pragma unroll
-    for (int e = 0; e < (T::tok == 1 ? 1 : 2); e++) {
+    for (int e = 0; e < 2; e++) {
       if (i < tiles && first + e < n_tok)
         part[(i * n_tok + e) * 8 * sum_pitch<T>] = lower ? c[i][0][2 + e] : c[i][0][e];
     }
@@ -308,7 +309,7 @@ __device__ __forceinline__ void take_residual(const Params& p, unsigned char* sm
                                               const int32_t* tokens, const float* weight) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int d_model = T::d_model(p), chunks = (d_model + 127) / 128, n_item = chunks * T::n_tok(p);
-  constexpr int batch = T::tok == 1 ? 1 : 3;
+  constexpr int batch = 3;
 #pragma unroll 1
   for (int first = warp; first < n_item; first += batch * n_warp) {
     uint4 x[batch];
@@ -317,7 +318,7 @@ __device__ __forceinline__ void take_residual(const Params& p, unsigned char* sm
 #pragma unroll
     for (int i = 0; i < batch; i++) {
       const int item = min(first + i * n_warp, n_item - 1);
-      token[i] = T::tok == 1 ? 0 : item / chunks, column[i] = (item - token[i] * chunks) * 128 + lane * 4;
+      token[i] = item / chunks, column[i] = (item - token[i] * chunks) * 128 + lane * 4;
       if (!T::fixed) column[i] = min(column[i], d_model - 4);
       g[i] = *reinterpret_cast<const float4*>(weight + column[i]);
       if (words != nullptr) {
@@ -364,11 +365,13 @@ __device__ __forceinline__ void take_pairs(const Params& p, unsigned char* smem,
       const int item = min(first + i * n_thread, n_item - 1);
       SpinGuard guard(6);
       while (any_unset(x[i]) && !probing(p, 1)) x[i] = load_words(words + 4 * item), guard.spin();
-      const int token = T::tok == 1 ? 0 : item / per;
+      const int token = item / per;
       *reinterpret_cast<uint4*>(smem + p.smem.input + token * p.smem.input_stride + (item - token * per) * 16) = x[i];
     }
   }
 }
+
+__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 
 template <class T>
 __device__ __forceinline__ float norm_factor(const Params& p, const unsigned char* smem, int token) {
@@ -398,7 +401,7 @@ __device__ __forceinline__ void reduce_parts(const Params& p, const unsigned cha
       a.x += b.x, a.y += b.y, a.z += b.z, a.w += b.w;
     }
     const float x = (a.x + a.y) + (a.z + a.w);
-    const int tile = T::tok == 1 ? i >> 3 : (i >> 3) / n_tok;
+    const int tile = (i >> 3) / n_tok;
     out(i < n, tile, (i >> 3) - tile * n_tok, i & 7, x);
   }
 }
