@@ -106,6 +106,7 @@ struct Params {
   Exchange ex;
   State* state;
   SharedPlan smem;
+  uint32_t pace_bytes = 2048;
   int resident_16ths;  // of the weights that L2 is asked to keep; < 0: no hint
   // of the step
   const int32_t *ids, *prev_ids, *positions, *slots, *kv_len, *table;
@@ -139,7 +140,7 @@ constexpr int attention_blocks = 8;
 __host__ __device__ constexpr int row_splits(int n_kv_head) { return attention_blocks / n_kv_head; }  // of its keys
 constexpr int alone_bytes = 216 * 1024;                   // of shared memory
 constexpr int row_barriers = 32;                          // passes under way at most
-constexpr int row_tiles = held_tiles, row_tiles_ff = 1;   // of a pass: of width d_model, d_ff
+constexpr int row_tiles = 5, row_tiles_ff = 1;   // of a pass: of width d_model, d_ff
 constexpr int row_sum_pitch = 2 * n_warp + 4;             // floats between a pass's outputs, for the sums of its warps
 constexpr int row_part_bytes = row_tiles * rows_per_tile * row_sum_pitch * 4;
 
@@ -229,6 +230,9 @@ __device__ __forceinline__ void await(const Params& p, uint32_t (&x)[n], const u
 }
 
 // --- the ring of weights in shared memory -------------------------------------------------------------------------
+__device__ __forceinline__ void init_barrier(uint32_t bar, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(bar), "r"(arrivals) : "memory");
+}
 __device__ __forceinline__ bool mbarrier_done(uint32_t bar, uint32_t parity) {
   uint32_t done;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

@@ -348,11 +348,14 @@ __global__ void __launch_bounds__(n_thread, 1) step_kernel(const __grid_constant
     uint4* passes = reinterpret_cast<uint4*>(smem + p.smem.passes);
     const uint4* from = reinterpret_cast<const uint4*>(p.passes + static_cast<int64_t>(blockIdx.x) * p.n_pass);
     for (int i = tid; i < 2 * p.n_pass; i += n_thread) passes[i] = from[i];
-    RowCopier<T> copier;
-    if (copier.mine()) copier.init(p, smem);
+    RowCopier<T> copier(p, smem);
+    if (tid < row_barriers) init_barrier(copier.full + 8 * static_cast<uint32_t>(tid), n_warp);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    hopper::mbarrier_init_fence();
+#endif
     __syncthreads();
     if (tid == 0) atomicAdd(&p.state->begun, 1u);
-    if (copier.mine()) copier.fill(p, smem, 0);
+    while (copier.pass->after == 0 && copier.pass->stage >= 0 && !probing(p, 2)) copier.step(p, 0);
     work_row<T>(p, smem, step, copier);
   } else {
     __shared__ int32_t tokens[max_tokens];

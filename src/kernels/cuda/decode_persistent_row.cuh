@@ -13,42 +13,38 @@
 namespace mm::cuda::persistent {
 
 // --- copying weights ----------------------------------------------------------------------------------------------
-// Copies passes as early as the ring has room; a quarter each by n_copier warps.
+// Copies passes as early as the ring has room, an eighth each by the warps, little by little while they poll: bursts of
+// all blocks at once hold up the words that they exchange.
 template <class T>
 struct RowCopier {
+  const RowPass* pass;  // the next
   const unsigned char* from;
-  int next = 0;  // pass
-  static __device__ __forceinline__ bool mine() { return threadIdx.x / 32 >= n_warp - n_copier; }
-  __device__ __forceinline__ void init(const Params& p, unsigned char* smem) {
-    from = p.stream + static_cast<int64_t>(p.block_begin[blockIdx.x]) * T::unit;
-    if (threadIdx.x / 32 == n_warp - n_copier)
-      asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(smem + p.smem.full) + 8 * (threadIdx.x % 32)),
-                   "r"(n_copier)
-                   : "memory");
+  uint32_t full, ring, index = 0, done = 0;  // done: bytes of this warp's share
+  __device__ __forceinline__ RowCopier(const Params& p, unsigned char* smem)
+      : pass(reinterpret_cast<const RowPass*>(smem + p.smem.passes)),
+        from(p.stream + static_cast<int64_t>(p.block_begin[blockIdx.x]) * T::unit),
+        full(shared_address(smem + p.smem.full)), ring(shared_address(smem)) {}
+  // A piece of the next pass, if `taken` passes leave room for it.
+  __device__ __forceinline__ void step(const Params& p, uint32_t taken) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    hopper::mbarrier_init_fence();
-#endif
-  }
-  __device__ __forceinline__ void fill(const Params& p, unsigned char* smem, int taken) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    if (threadIdx.x % 32 != 0 || probing(p, 2)) return;
-    const RowPass* pass = reinterpret_cast<const RowPass*>(smem + p.smem.passes);
-#pragma unroll 1
-    for (; next < p.n_pass; next++) {
-      const uint4 c = reinterpret_cast<const uint4*>(pass + next)[0];  // from, bytes, to, after
-      if (c.y == 0 || static_cast<int>(c.w) > taken) break;
-      const uint32_t quarter = c.y / (16 * n_copier) * 16, begin = quarter * (threadIdx.x / 32 % n_copier);
-      const uint32_t bytes = threadIdx.x / 32 == n_warp - 1 ? c.y - begin : quarter;
-      const uint32_t bar = shared_address(smem + p.smem.full) + 8 * static_cast<uint32_t>(next % row_barriers);
+    const uint4 c = *reinterpret_cast<const uint4*>(pass);  // from, bytes, to, after
+    if (c.w > taken || probing(p, 2)) return;
+    const uint32_t share = (c.y + 16 * n_warp - 1) / (16 * n_warp) * 16, begin = share * (threadIdx.x / 32);
+    const uint32_t own = min(share, c.y - begin), bytes = min(p.pace_bytes, own - done);
+    if (threadIdx.x % 32 == 0) {
+      const uint32_t bar = full + 8 * (index % row_barriers);
       // createpolicy's evict_last and evict_first
-      const uint64_t policy = next % 16 < p.resident_16ths ? 0x14f0000000000000ull : 0x12f0000000000000ull;
-      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+      const uint64_t policy = static_cast<int>(index % 16) < p.resident_16ths ? 0x14f0000000000000ull : 0x12f0000000000000ull;
+      if (done == 0)
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(own) : "memory");
       asm volatile(
           "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], "
-          "%4;" ::"r"(shared_address(smem) + c.z + begin),
-          "l"(from + c.x + begin), "r"(bytes), "r"(bar), "l"(policy)
+          "%4;" ::"r"(ring + c.z + begin + done),
+          "l"(from + c.x + begin + done), "r"(bytes), "r"(bar), "l"(policy)
           : "memory");
     }
+    done += bytes;
+    if (done == own) done = 0, index++, pass++;
 #endif
   }
 };
@@ -96,7 +92,8 @@ struct RowProduct {
     }
   }
   // The residual stream [width] fp32, times the norm's weight.
-  __device__ __forceinline__ void take_stream(const Params& p, const uint32_t* words, const float* weight) {
+  template <class F>
+  __device__ __forceinline__ void take_stream(const Params& p, const uint32_t* words, const float* weight, F&& meanwhile) {
     uint4 x[n];
     float4 g[n];
 #pragma unroll
@@ -107,6 +104,7 @@ struct RowProduct {
       missing = false;
 #pragma unroll
       for (int i = 0; i < n; i++) x[i] = load_words(words + column(i));
+      meanwhile();
 #pragma unroll
       for (int i = 0; i < n; i++) missing |= any_unset(x[i]);
       if (probing(p, 1)) break;
@@ -123,7 +121,8 @@ struct RowProduct {
   }
   // The attention's parts of n_split shares of the keys, merged: values, then for each 32 of them maximum and sum, on a
   // cache line of their own, since all blocks poll them.
-  __device__ __forceinline__ void take_parts(const Params& p, const uint32_t* words, int n_split) {
+  template <class F>
+  __device__ __forceinline__ void take_parts(const Params& p, const uint32_t* words, int n_split, F&& meanwhile) {
     constexpr int most = row_splits(width / T::d_head / T::group);
     uint4 x[n][most];
     uint2 ml[n][most];  // maximum, sum
@@ -140,6 +139,7 @@ struct RowProduct {
           ml[i][s] = load_pair(words + (most + s) * width + column(i) / 32 * 32);
         }
       }
+      meanwhile();
 #pragma unroll
       for (int s = 0; s < most; s++) {
         if (s >= n_split) break;
@@ -169,13 +169,15 @@ struct RowProduct {
     }
   }
   // bf16 pairs [width / 2].
-  __device__ __forceinline__ void take_pairs(const Params& p, const uint32_t* words) {
+  template <class F>
+  __device__ __forceinline__ void take_pairs(const Params& p, const uint32_t* words, F&& meanwhile) {
     SpinGuard guard(6);
 #pragma unroll 1
     for (bool missing = true; missing; guard.spin()) {
       missing = false;
 #pragma unroll
       for (int i = 0; i < n; i++) b[i] = load_pair(words + column(i) / 2);
+      meanwhile();
 #pragma unroll
       for (int i = 0; i < n; i++) missing |= b[i].x == unset || b[i].y == unset;
       if (probing(p, 1)) break;
@@ -254,6 +256,7 @@ __device__ __forceinline__ void work_row(const Params& p, unsigned char* smem, u
     const float* squares = reinterpret_cast<const float*>(smem + p.smem.sums) + parity * n_warp;
     return rsqrtf(add_up(squares, n_warp / 4) * p.inv_d + p.eps);
   };
+  const auto meanwhile = [&] { copier.step(p, static_cast<uint32_t>(taken)); };
 #pragma unroll 1
   for (int s = 0; s <= 4 * p.n_layer; s++) {
     const bool adds = kind == stage_o || kind == stage_down;  // to the residual stream
@@ -267,6 +270,7 @@ __device__ __forceinline__ void work_row(const Params& p, unsigned char* smem, u
       const bool on = tid < n * rows_per_tile;
       float* const part = reinterpret_cast<float*>(smem + p.smem.part + parity * row_part_bytes);
       uint32_t residual = adds && on ? load_word(own + column) : 0;
+      while (copier.index <= static_cast<uint32_t>(taken) && !probing(p, 2)) meanwhile();
       const uint32_t bar = shared_address(smem + p.smem.full) + 8 * static_cast<uint32_t>(taken % row_barriers);
       SpinGuard guard(4);
       while (!probing(p, 2) && !mbarrier_done(bar, static_cast<uint32_t>(taken / row_barriers) & 1)) guard.spin();
@@ -276,10 +280,10 @@ __device__ __forceinline__ void work_row(const Params& p, unsigned char* smem, u
         MM_TRACE(s * 8 + 1);
         if (first) {
           if (kind == stage_o) {
-            d.take_parts(p, words + p.ex.parts, n_split);
+            d.take_parts(p, words + p.ex.parts, n_split, meanwhile);
           } else {
             const bool second = kind == stage_gate_up;
-            d.take_stream(p, second ? words + p.ex.mid : before, second ? norms + T::d_model(p) : norms);
+            d.take_stream(p, second ? words + p.ex.mid : before, second ? norms + T::d_model(p) : norms, meanwhile);
           }
         }
         MM_TRACE(s * 8 + 2);
@@ -294,14 +298,13 @@ __device__ __forceinline__ void work_row(const Params& p, unsigned char* smem, u
       } else {
         ProductFf::take(held, smem + pass->to, n);
         MM_TRACE(s * 8 + 1);
-        if (first) ff.take_pairs(p, words + p.ex.act);
+        if (first) ff.take_pairs(p, words + p.ex.act, meanwhile);
         MM_TRACE(s * 8 + 2);
         ff.products(part, held, n);
       }
       __syncthreads();  // the sums are there, and the pass's weights are in registers
       MM_TRACE(s * 8 + 3);
       taken++, pass++;
-      if (RowCopier<T>::mine()) copier.fill(p, smem, taken);  // warps that have nothing to add up
       if (tid / 32 * 32 < n * rows_per_tile) {
         const float sum = add_up(part + min(tid, n * rows_per_tile - 1) * row_sum_pitch, 2 * n_warp / 4);
         if (adds) {

@@ -30,8 +30,7 @@ struct Copier {
 #endif
     const uint32_t lane = threadIdx.x % 32;
     for (uint32_t i = next + n_copier * lane; i < static_cast<uint32_t>(p.smem.n_slots); i += 32 * n_copier)
-      asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(smem + p.smem.full) + 8 * i), "r"(arrivals)
-                   : "memory");
+      init_barrier(shared_address(smem + p.smem.full) + 8 * i, arrivals);
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     hopper::mbarrier_init_fence();
 #endif
