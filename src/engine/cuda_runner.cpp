@@ -1,6 +1,7 @@
 #include "engine/cuda_runner.h"
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cstring>
 
@@ -64,12 +65,20 @@ CudaRunner::CudaRunner(const Model& model, const EngineOptions& options, const R
   make_persistent();
 }
 
+bool CudaRunner::takes_persistent(const StepBatch& b, const Shape& shape) const {
+  return shape.plain && persistent_ && b.n_tok() <= persistent_rows;
+}
+
 void CudaRunner::make_persistent() {
   const ModelConfig& c = weights_.replica().config;
   if (c.is_moe() || options_.batch_invariant || dev_.act != DType::bf16) return;
   gpu_logits_ = Buffer(static_cast<size_t>(persistent_rows * c.vocab_size) * sizeof(float), Memory::cuda);
   persistent_ =
       ops::PersistentStep(dev_, weights_.model(), kv_, std::min(persistent_rows, limits_.max_seq), limits_.context);
+  sent_tables_.assign(static_cast<size_t>(persistent_rows), {});
+  const size_t table_bytes = static_cast<size_t>(persistent_rows) * persistent_ld() * sizeof(int32_t);
+  gpu_tables_ = Buffer(table_bytes, Memory::cuda);
+  for (Slot& s : slots_) s.tables = Buffer(table_bytes, Memory::pinned);
   if (!persistent_) log_info("decode steps run as graphs of ordinary kernels: {}", persistent_.why());
 }
 
@@ -175,7 +184,11 @@ void CudaRunner::fill(Slot& slot, const Layout& l, const StepBatch& b, const Sha
   start[0] = 0;
   for (int64_t p = 0; p < shape.n_prompt; p++)
     start[p + 1] = start[p] + b.kv_len[static_cast<size_t>(b.n_seq() - shape.n_prompt + p)];
-  auto* copies = in<int32_t>(block, l.copies);
+  put_copies(slot, l, b);
+}
+
+void CudaRunner::put_copies(Slot& slot, const Layout& l, const StepBatch& b) {
+  auto* copies = in<int32_t>(slot.block, l.copies);
   const size_t n = b.copies.size();
   for (size_t i = 0; i < n; i++) {
     copies[i] = b.copies[i].from;
@@ -229,30 +242,44 @@ PagedBatch CudaRunner::device_batch(const Layout& l, const StepBatch& b, const S
   return p;
 }
 
-void CudaRunner::run_decode(const StepBatch& b, const Layout& l, const Shape& shape) {
-  const int64_t n = b.n_tok();
-  if (persistent_ && n <= persistent_rows) {
-    logits_ = View(gpu_logits_.data(), DType::f32, {n, weights_.model().n_vocab});
-    persistent_.run(dev_,
-                    {.n_tok = n,
-                     .n_seq = n,
-                     .n_out = n,
-                     .ids = at<int32_t>(l.ids),
-                     .positions = at<int32_t>(l.positions),
-                     .slots = at<int32_t>(l.slots),
-                     .kv_len = at<int32_t>(l.n_key),
-                     .table = at<int32_t>(l.table),
-                     .table_ld = l.table_ld,
-                     .block_shift = b.block_shift,
-                     .logits = logits_.f32()},
-                    {.params = at<RowSampling>(l.sampling),
-                     .edits = static_cast<const LogitEdit*>(gpu_edits_.data()),
-                     .masks = static_cast<const uint32_t*>(gpu_masks_.data()),
-                     .prev_ids = static_cast<const int32_t*>(gpu_ids_.data()),
-                     .next_ids = static_cast<int32_t*>(gpu_ids_.data())});
-    return;
+// The step's numbers travel with the launch, and the tables only where they changed: a copy before and behind each step
+// costs 10 us.
+void CudaRunner::run_persistent(Slot& slot, const StepBatch& b) {
+  const auto n = static_cast<size_t>(b.n_tok());
+  const size_t ld = persistent_ld();
+  std::array<PersistentRow, persistent_rows> rows;
+  size_t staged = 0;
+  for (size_t i = 0; i < n; i++) {
+    rows[i] = {.id = b.ids[i], .position = b.positions[i], .slot = b.slots[i], .kv_len = b.kv_len[i]};
+    std::vector<int32_t>& sent = sent_tables_[i];
+    const std::vector<int32_t>& now = b.tables[i];
+    MM_CHECK(now.size() <= ld);
+    const auto [differs, unused] = std::mismatch(now.begin(), now.end(), sent.begin(), sent.end());
+    const auto first = static_cast<size_t>(differs - now.begin()), count = now.size() - first;
+    if (count == 0) continue;
+    auto* host = in<int32_t>(slot.tables, 0) + staged;
+    std::copy(differs, now.end(), host);
+    copy_async(static_cast<int32_t*>(gpu_tables_.data()) + i * ld + first, host, count * sizeof(int32_t), dev_.stream);
+    sent.resize(std::max(sent.size(), now.size()));
+    std::copy(differs, now.end(), sent.begin() + static_cast<std::ptrdiff_t>(first));
+    staged += count;
   }
-  run_graph(b, l, shape);
+  logits_ = View(gpu_logits_.data(), DType::f32, {b.n_tok(), weights_.model().n_vocab});
+  persistent_.run(dev_, {.rows = {rows.data(), n},
+                         .sampling = b.sampling,
+                         .table = static_cast<const int32_t*>(gpu_tables_.data()),
+                         .table_ld = static_cast<int64_t>(ld),
+                         .block_shift = b.block_shift,
+                         .edits = static_cast<const LogitEdit*>(gpu_edits_.data()),
+                         .masks = static_cast<const uint32_t*>(gpu_masks_.data()),
+                         .prev_ids = static_cast<const int32_t*>(gpu_ids_.data()),
+                         .next_ids = static_cast<int32_t*>(gpu_ids_.data()),
+                         .next_ids_host = static_cast<int32_t*>(slot.ids.data()),
+                         .logits = b.logits_of.empty() ? nullptr : logits_.f32()});
+}
+
+size_t CudaRunner::persistent_ld() const {
+  return static_cast<size_t>(limits_.context / std::max<int64_t>(1, options_.block_size)) + 1;
 }
 
 void CudaRunner::run_graph(const StepBatch& b, const Layout& l, const Shape& shape) {
@@ -305,6 +332,18 @@ void CudaRunner::submit(const StepBatch& b) {
   Slot& slot = slots_[turn_];
   slot.fence.wait();
   const Shape shape = shape_of(b);
+  if (takes_persistent(b, shape)) {
+    if (!b.copies.empty()) {
+      const Layout l = layout(0, 0, 0, 0, static_cast<int64_t>(b.copies.size()));
+      put_copies(slot, l, b);
+      copy_async(gpu_block_.data(), slot.block.data(), l.end, dev_.stream);
+      copy_rows(b, l);
+    }
+    upload_lists(slot, b);
+    run_persistent(slot, b);
+    finish(slot, b, true);
+    return;
+  }
   size_t widest = 1;
   for (const auto& t : b.tables) widest = std::max(widest, t.size());
   const auto table_ld = std::max<int64_t>(16, static_cast<int64_t>(std::bit_ceil(widest)));
@@ -320,11 +359,9 @@ void CudaRunner::submit(const StepBatch& b) {
   copy_async(gpu_block_.data(), slot.block.data(), l.end, dev_.stream);
   upload_lists(slot, b);
   copy_rows(b, l);
-  if (shape.plain) run_decode(b, l, shape);
+  if (shape.plain) run_graph(b, l, shape);
   else run_prompts(b, l, shape);
-  fetch(slot, b);
-  flying_.push_back(turn_);
-  turn_ = (turn_ + 1) % n_slots;
+  finish(slot, b, false);
 }
 
 // Steps of padding alone: they read and write no keys.
@@ -354,8 +391,8 @@ void CudaRunner::warm_up() {
   synchronize(dev_.stream);
 }
 
-// Queues the copies of what the host will want.
-void CudaRunner::fetch(Slot& slot, const StepBatch& b) {
+// Queues the copies of what the host will want. has_ids: the step has written the ids to the slot itself.
+void CudaRunner::finish(Slot& slot, const StepBatch& b, bool has_ids) {
   slot.n_out = b.n_out();
   slot.hidden = b.hidden;
   slot.logits_of = b.logits_of;
@@ -365,7 +402,7 @@ void CudaRunner::fetch(Slot& slot, const StepBatch& b) {
     const size_t bytes = n * row_bytes(scratch_.normed);
     if (slot.floats.size() < bytes) slot.floats = Buffer(bytes, Memory::pinned);
     copy_async(slot.floats.data(), scratch_.normed.data, bytes, dev_.stream);
-  } else if (n > 0) {
+  } else if (n > 0 && !has_ids) {
     copy_async(slot.ids.data(), gpu_ids_.data(), n * sizeof(int32_t), dev_.stream);
   }
   if (!b.logits_of.empty()) {
@@ -377,6 +414,8 @@ void CudaRunner::fetch(Slot& slot, const StepBatch& b) {
   }
   slot.dtype = b.hidden ? scratch_.normed.dtype : logits_.dtype;
   slot.fence.record(dev_.stream);
+  flying_.push_back(turn_);
+  turn_ = (turn_ + 1) % n_slots;
 }
 
 static void append_floats(std::vector<float>& to, const void* from, DType type, size_t n) {

@@ -30,7 +30,7 @@ class CudaRunner final : public Runner {
   };
   Layout layout(int64_t n_tok, int64_t n_out, int64_t n_seq, int64_t table_ld, int64_t n_copies) const;
   struct Slot {  // of a ring: what one step needs on the host
-    Buffer block, ids, edits, masks, floats;
+    Buffer block, tables, ids, edits, masks, floats;
     Fence fence;
     std::vector<int32_t> logits_of;
     int64_t n_out = 0;
@@ -43,19 +43,22 @@ class CudaRunner final : public Runner {
   };
   Shape shape_of(const StepBatch& batch) const;
   void fill(Slot& slot, const Layout& l, const StepBatch& batch, const Shape& shape);
+  void put_copies(Slot& slot, const Layout& l, const StepBatch& batch);
   void copy_rows(const StepBatch& batch, const Layout& l);
   void upload_lists(Slot& slot, const StepBatch& batch);
   PagedBatch device_batch(const Layout& l, const StepBatch& batch, const Shape& shape) const;
   void run_prompts(const StepBatch& batch, const Layout& l, Shape shape);
-  void run_decode(const StepBatch& batch, const Layout& l, const Shape& shape);
+  bool takes_persistent(const StepBatch& batch, const Shape& shape) const;
+  void run_persistent(Slot& slot, const StepBatch& batch);
   void run_graph(const StepBatch& batch, const Layout& l, const Shape& shape);
-  void fetch(Slot& slot, const StepBatch& batch);
+  void finish(Slot& slot, const StepBatch& batch, bool has_ids);
   template <class T>
   T* at(size_t offset) const {
     return reinterpret_cast<T*>(static_cast<char*>(gpu_block_.data()) + offset);
   }
   int64_t bucket(int64_t n) const;
   void make_persistent();
+  size_t persistent_ld() const;  // entries of a table
 
   EngineOptions options_;
   RunnerLimits limits_;
@@ -68,7 +71,8 @@ class CudaRunner final : public Runner {
   BatchStage prompt_stage_;
   TokenBatch prompt_batch_;
   KvCache::Plan prompt_plan_;
-  Buffer gpu_block_, gpu_ids_, gpu_edits_, gpu_masks_, gpu_logits_;
+  Buffer gpu_block_, gpu_ids_, gpu_edits_, gpu_masks_, gpu_logits_, gpu_tables_;
+  std::vector<std::vector<int32_t>> sent_tables_;  // what gpu_tables_ holds, by row
   ops::PersistentStep persistent_;
   View logits_;  // of the step last queued
   GraphCache graphs_;

@@ -167,10 +167,10 @@ void run(const Shape& shape, Pair& pair, KvFormat format, const std::vector<int3
   void* const aligned = scratch.data() + (64 - reinterpret_cast<uintptr_t>(scratch.data()) % 64) % 64;
 
   const Device<int32_t> d_table(table), d_next(std::vector<int32_t>(n, -5));
+  std::vector<PersistentRow> step_rows(n);
   const Device<float> d_logits(logits), d_hidden(hidden);
   std::vector<RowSampling> greedy(n);
   for (RowSampling& s : greedy) s.temperature = 0;
-  const Device<RowSampling> d_sampling(greedy);
   std::vector<int32_t> drawn(n);
   for (int32_t step = 0; step < 2; step++) {
     std::vector<int32_t> gpu_ids(n);
@@ -188,12 +188,11 @@ void run(const Shape& shape, Pair& pair, KvFormat format, const std::vector<int3
     s.out_rows = rows.data(), s.logits = logits.data(), s.hidden = hidden.data();
     cpu::infer_step(pair.cpu, cpu_kv, s, aligned, false);
 
-    const Device<int32_t> d_ids(gpu_ids), d_positions(positions), d_slots(slots), d_len(kv_len);
-    s.ids = d_ids, s.positions = d_positions, s.slots = d_slots, s.kv_len = d_len, s.table = d_table;
-    s.logits = d_logits, s.hidden = d_hidden;
-    cuda::PersistentDecodeSample sample;
-    sample.params = d_sampling, sample.prev_ids = d_next, sample.next_ids = d_next;
-    cuda::persistent_decode_run(context(), plan.get(), s, sample);
+    for (size_t i = 0; i < n; i++) step_rows[i] = {gpu_ids[i], positions[i], slots[i], kv_len[i]};
+    PersistentStepBatch b = {.rows = step_rows, .sampling = greedy};
+    b.table = d_table, b.table_ld = s.table_ld, b.block_shift = s.block_shift;
+    b.prev_ids = d_next, b.next_ids = d_next, b.logits = d_logits, b.hidden = d_hidden;
+    cuda::persistent_decode_run(context(), plan.get(), b);
     const std::vector<float> got = d_logits.get();
     EXPECT_LT(distance(got, logits), 1.5e-2) << "logits of step " << step;
     EXPECT_LT(distance(d_hidden.get(), hidden), 1.5e-2) << "hidden of step " << step;
@@ -204,7 +203,8 @@ void run(const Shape& shape, Pair& pair, KvFormat format, const std::vector<int3
       EXPECT_EQ(drawn[i], std::max_element(row, end) - row) << "row " << i;
     }
     // The same step again gives the same bits.
-    cuda::persistent_decode_run(context(), plan.get(), s, {.params = nullptr, .prev_ids = sample.prev_ids});
+    b.sampling = {}, b.next_ids = nullptr;
+    cuda::persistent_decode_run(context(), plan.get(), b);
     if (step == 0) {
       EXPECT_EQ(d_logits.get(), got);
     }

@@ -5,6 +5,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
+
+#include "kernels/sample.h"
 
 namespace mm {
 
@@ -73,6 +76,27 @@ struct InferStep {
   const int32_t* out_rows = nullptr;  // [n_out] tokens whose logits are wanted
   float* logits = nullptr;            // [n_out, n_vocab]; null: not wanted
   float* hidden = nullptr;            // [n_out, d_model] behind the final norm; null: not wanted
+};
+
+// A step of the persistent kernel: one token a sequence, its numbers by the host. All host arrays are read before the
+// call returns.
+struct PersistentRow {
+  int32_t id = 0;  // or, negative, -1 - i: what the step before drew for its row i (prev_ids)
+  int32_t position = 0;
+  int32_t slot = -1;   // the row of the cache that receives the token's key and value; -1: none
+  int32_t kv_len = 0;  // keys, the last one its own
+};
+struct PersistentStepBatch {
+  std::span<const PersistentRow> rows;           // host
+  std::span<const RowSampling> sampling;         // host; empty: nothing is drawn
+  const int32_t* table = nullptr;                // device [rows, table_ld], see InferStep
+  int64_t table_ld = 0;
+  int block_shift = 0;
+  const LogitEdit* edits = nullptr;              // device
+  const uint32_t* masks = nullptr;               // device
+  const int32_t* prev_ids = nullptr;             // device
+  int32_t *next_ids = nullptr, *next_ids_host = nullptr;  // [rows] device; pinned, may be null
+  float *logits = nullptr, *hidden = nullptr;    // device [rows, n_vocab], [rows, d_model]; null: not wanted
 };
 
 }  // namespace mm

@@ -173,11 +173,9 @@ PersistentStep::PersistentStep(const Device& dev, const InferModel& model, const
       p, [](void* plan) { cuda::persistent_decode_destroy(static_cast<cuda::PersistentDecode*>(plan)); });
 }
 
-void PersistentStep::run(const Device& dev, const InferStep& step, const Sample& s) const {
+void PersistentStep::run(const Device& dev, const PersistentStepBatch& step) const {
   const Zone zone(dev.profiler, "persistent_step", 0, 0);
-  cuda::persistent_decode_run(
-      gpu(dev), static_cast<cuda::PersistentDecode*>(plan_.get()), step,
-      {.params = s.params, .edits = s.edits, .masks = s.masks, .prev_ids = s.prev_ids, .next_ids = s.next_ids});
+  cuda::persistent_decode_run(gpu(dev), static_cast<cuda::PersistentDecode*>(plan_.get()), step);
 }
 
 #else  // no device of this kind can be opened
@@ -207,7 +205,7 @@ bool linear_few(const Device&, View, View, View, float, const InferMatrix&, View
 void sample_rows(const Device&, int32_t*, View, const RowSampling*, const LogitEdit*, const uint32_t*) { no_gpu(); }
 void resolve_ids(const Device&, int32_t*, const int32_t*, int64_t) { no_gpu(); }
 PersistentStep::PersistentStep(const Device&, const InferModel&, const InferKv&, int64_t, int64_t) { no_gpu(); }
-void PersistentStep::run(const Device&, const InferStep&, const Sample&) const { no_gpu(); }
+void PersistentStep::run(const Device&, const PersistentStepBatch&) const { no_gpu(); }
 
 #endif
 

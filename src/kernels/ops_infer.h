@@ -65,14 +65,7 @@ class PersistentStep {
   PersistentStep() = default;
   explicit operator bool() const { return plan_ != nullptr; }
   const char* why() const { return why_; }
-  struct Sample {
-    const RowSampling* params = nullptr;
-    const LogitEdit* edits = nullptr;
-    const uint32_t* masks = nullptr;
-    const int32_t* prev_ids = nullptr;
-    int32_t* next_ids = nullptr;
-  };
-  void run(const Device& dev, const InferStep& step, const Sample& sample) const;
+  void run(const Device& dev, const PersistentStepBatch& step) const;
 
  private:
   std::shared_ptr<void> plan_;

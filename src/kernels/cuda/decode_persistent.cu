@@ -234,7 +234,7 @@ std::vector<RowPass> plan_passes(const Deal& deal, const std::vector<int>& units
 // Shared memory for n_tok tokens; what is left is the ring. False where that is too small.
 bool plan_shared(Params& p, WeightFormat format, int limit) {
   SharedPlan& s = p.smem;
-  if (alone(p)) {
+  if (p.roles) {
     s = plan_row(p);
     return true;
   }
@@ -380,13 +380,13 @@ PersistentDecode* persistent_decode_create(const Context& ctx, const InferModel&
   };
   for (int b = 0; b < d->grid; b++) p.n_pass = std::max(p.n_pass, static_cast<int>(passes_of(b, alone_bytes).size()));
   bool scores_fit = true;
-  for (int n = 1; n <= p.max_rows; n++) {
-    p.n_tok = n;
+  for (int n = p.n_attention > 0 ? 0 : 1; n <= p.max_rows; n++) {
+    p.n_tok = std::max(n, 1), p.roles = n == 0;
     if (!plan_shared(p, d->format, d->shared_limit))
       return give_up("the shared memory of a multiprocessor is too small");
     const Kernel kernel = kernel_of(d->format, p);
     MM_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, p.smem.bytes));
-    const int room = alone(p) ? alone_bytes : p.smem.n_slots * slot_units * unit_bytes(d->format);
+    const int room = p.roles ? alone_bytes : p.smem.n_slots * slot_units * unit_bytes(d->format);
     scores_fit &= draw_bytes + align_up(static_cast<size_t>(p.n_vocab), 8) * 4 <= static_cast<size_t>(room);
     int resident = 0;
     MM_CUDA_CHECK(
@@ -457,20 +457,23 @@ void persistent_decode_destroy(PersistentDecode* d) noexcept {
   delete d;
 }
 
-void persistent_decode_run(const Context& ctx, PersistentDecode* d, const InferStep& step,
-                           const PersistentDecodeSample& sample) {
-  if (step.n_tok == 0) return;
+void persistent_decode_run(const Context& ctx, PersistentDecode* d, const PersistentStepBatch& step) {
+  if (step.rows.empty()) return;
   Params p = d->params;
-  if (step.n_tok > p.max_rows) fail("persistent decode", "more rows than it was made for", __FILE__, __LINE__);
-  p.n_tok = static_cast<int>(step.n_tok);
-  p.max_split = alone(p) ? p.n_attention / p.n_kv_head : d->grid / (p.n_tok * p.n_kv_head);
+  p.n_tok = static_cast<int>(step.rows.size());
+  if (p.n_tok > p.max_rows || (!step.sampling.empty() && step.sampling.size() != step.rows.size()))
+    fail("persistent decode", "more rows than it was made for, or not a draw for each", __FILE__, __LINE__);
+  std::copy(step.rows.begin(), step.rows.end(), p.rows);
+  std::copy(step.sampling.begin(), step.sampling.end(), p.sampling);
+  p.roles = p.n_tok == 1 && p.n_attention > 0 && p.rows[0].kv_len <= row_splits(p.n_kv_head) * alone_most_keys;
+  p.max_split = p.roles ? row_splits(p.n_kv_head) : d->grid / (p.n_tok * p.n_kv_head);
   plan_shared(p, d->format, d->shared_limit);
-  p.ids = step.ids, p.prev_ids = sample.prev_ids, p.positions = step.positions, p.slots = step.slots;
-  p.kv_len = step.kv_len, p.table = step.table, p.table_ld = step.table_ld, p.block_shift = step.block_shift;
+  p.prev_ids = step.prev_ids;
+  p.table = step.table, p.table_ld = step.table_ld, p.block_shift = step.block_shift;
   p.logits = step.logits, p.hidden = step.hidden;
-  p.draw = sample.params != nullptr;
-  p.sampling = sample.params, p.edits = sample.edits, p.masks = sample.masks;
-  p.next_ids = sample.next_ids, p.next_ids_host = sample.next_ids_host;
+  p.draw = !step.sampling.empty();
+  p.edits = step.edits, p.masks = step.masks;
+  p.next_ids = step.next_ids, p.next_ids_host = step.next_ids_host;
   cudaLaunchAttribute together = {};
   together.id = cudaLaunchAttributeCooperative;
   together.val.cooperative = 1;

@@ -85,6 +85,7 @@ struct Params {
   float eps, scale2, inv_d;  // attention scale * log2 e, 1 / d_model
   int n_tok, max_rows, max_split, qkv_width;
   int n_attention;  // the first blocks, which have no weights; 0: none. They run a single row's attention.
+  bool roles;       // this step has a single row, whose attention they run
   int n_row_parts;  // of ex.parts, what that writes
   StageShape shape[5];
   const unsigned char* stream;
@@ -109,13 +110,14 @@ struct Params {
   uint32_t pace_bytes = 2048;
   int resident_16ths;  // of the weights that L2 is asked to keep; < 0: no hint
   // of the step
-  const int32_t *ids, *prev_ids, *positions, *slots, *kv_len, *table;
+  PersistentRow rows[max_tokens];
+  RowSampling sampling[max_tokens];
+  const int32_t *prev_ids, *table;
   int64_t table_ld;
   int block_shift;
   float *logits, *hidden;
   bool draw;
   float* scores;  // [max_rows][logit_words] where they do not fit shared memory; else null
-  const RowSampling* sampling;
   const LogitEdit* edits;
   const uint32_t* masks;
   int32_t *next_ids, *next_ids_host;
@@ -132,11 +134,10 @@ inline int known_shape(const Params& p) {
   };
   return is(768, 2432, 8, 4, 96) ? 1 : is(512, 1408, 8, 2, 64) ? 2 : 0;
 }
-inline bool alone(const Params& p) { return p.n_attention > 0 && p.n_tok == 1; }  // attention in blocks of its own
 
 // A step with one row: the first blocks run its attention, the others products (decode_persistent_alone.cuh,
 // decode_persistent_row.cuh).
-constexpr int attention_blocks = 8;
+constexpr int attention_blocks = 8, alone_most_keys = 560;  // of a block; with more, all blocks together are faster
 __host__ __device__ constexpr int row_splits(int n_kv_head) { return attention_blocks / n_kv_head; }  // of its keys
 constexpr int alone_bytes = 216 * 1024;                   // of shared memory
 constexpr int row_barriers = 32;                          // passes under way at most

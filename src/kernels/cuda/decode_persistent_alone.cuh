@@ -161,7 +161,7 @@ __device__ __forceinline__ void attend_alone(const Params& p, unsigned char* sme
   // What does not change from layer to layer: rotation, zeros where there are no heads. Values behind the last key
   // count zero times, so they must be finite.
   float* turn = reinterpret_cast<float*>(smem + L::rope);
-  const int64_t angle = static_cast<int64_t>(p.positions[share.row]) * (D / 2);
+  const int64_t angle = static_cast<int64_t>(p.rows[share.row].position) * (D / 2);
   if (tid < D / 2) turn[tid] = p.cos[angle + tid], turn[D / 2 + tid] = p.sin[angle + tid];
   for (int i = tid; i < 2 * L::q_pitch; i += n_thread) reinterpret_cast<uint32_t*>(smem + L::q)[i] = 0;
   if constexpr (R::size == 2) {

@@ -106,7 +106,7 @@ __device__ __forceinline__ void prepare_share(const Params& p, unsigned char* sm
       reinterpret_cast<int*>(smem + p.smem.rows)[tid] = key_row(p, share, key);
   }
   float* turn = reinterpret_cast<float*>(smem + p.smem.rope);
-  const int64_t from = static_cast<int64_t>(p.positions[share.row]) * (D / 2);
+  const int64_t from = static_cast<int64_t>(p.rows[share.row].position) * (D / 2);
   if (tid < D / 2) turn[tid] = p.cos[from + tid], turn[D / 2 + tid] = p.sin[from + tid];
   for (int i = tid; i < 2 * (2 * D + 16); i += n_thread) reinterpret_cast<uint32_t*>(smem + p.smem.q)[i] = 0;
 }

@@ -66,11 +66,11 @@ __device__ __forceinline__ Share share_of(const Params& p) {
   if (item >= p.n_tok * per_row) return s;
   const int row = item / per_row;
   s.kv = item / p.max_split % p.n_kv_head, s.split = item % p.max_split;
-  s.n_key = max(p.kv_len[row], 0), s.n_split = splits_of(p, s.n_key);
+  s.n_key = max(p.rows[row].kv_len, 0), s.n_split = splits_of(p, s.n_key);
   if (s.split >= s.n_split) return s;
   const int per = (s.n_key + s.n_split - 1) / s.n_split;
   s.begin = min(s.split * per, s.n_key), s.end = min(s.begin + per, s.n_key);
-  s.row = row, s.slot = p.slots[row];
+  s.row = row, s.slot = p.rows[row].slot;
   return s;
 }
 
@@ -155,7 +155,7 @@ inline __device__ __noinline__ void draw(const Params& p, unsigned char* smem, i
 }
 
 __device__ __forceinline__ int32_t token_of(const Params& p, int row) {
-  int id = p.ids[row];
+  int id = p.rows[row].id;
   if (id < 0 && p.prev_ids != nullptr) id = p.prev_ids[-1 - id];
   return id < 0 || id >= p.n_vocab ? 0 : id;  // a failed draw (-1): any token, its sequence is over
 }
@@ -297,7 +297,7 @@ __device__ __forceinline__ void work(const Params& p, unsigned char* smem, const
       if (parts) {
 #pragma unroll 1
         for (int i = static_cast<int>(blockIdx.x); i < T::n_tok(p) * p.n_head; i += static_cast<int>(gridDim.x)) {
-          const int row = i / p.n_head, n_split = splits_of(p, p.kv_len[row]);
+          const int row = i / p.n_head, n_split = splits_of(p, p.rows[row].kv_len);
           if (n_split == 1) continue;
           with_width<T>(p,
                         [&](auto d) { merge_parts<decltype(d)::value>(p, smem, row, i % p.n_head, n_split, words); });
@@ -371,7 +371,7 @@ __global__ void __launch_bounds__(n_thread, 1) step_kernel(const __grid_constant
     if (tid < n_tok * p.sum_stride) reinterpret_cast<float*>(smem + p.smem.sums)[tid] = 0.0f;
     if (tid < n_tok) tokens[tid] = token_of(p, tid);
     bool parts = false;
-    for (int r = 0; r < n_tok; r++) parts |= splits_of(p, p.kv_len[r]) > 1;
+    for (int r = 0; r < n_tok; r++) parts |= splits_of(p, p.rows[r].kv_len) > 1;
     __syncthreads();
     if (tid == 0) atomicAdd(&p.state->begun, 1u);
     work<T>(p, smem, tokens, step, parts, copier);
@@ -382,7 +382,7 @@ __global__ void __launch_bounds__(n_thread, 1) step_kernel(const __grid_constant
 // The shapes of MiniMind's small models get kernels of their own, which are half as large and twice as fast.
 template <WeightFormat kFormat, int... kShape>
 Kernel for_tokens(const Params& p) {
-  if (alone(p)) return step_kernel<Traits<kFormat, 1, kShape...>>;
+  if (p.roles) return step_kernel<Traits<kFormat, 1, kShape...>>;
   return p.n_tok <= 4 ? step_kernel<Traits<kFormat, 4, kShape...>> : step_kernel<Traits<kFormat, 8, kShape...>>;
 }
 template <WeightFormat kFormat>

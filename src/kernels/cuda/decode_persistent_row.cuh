@@ -246,7 +246,7 @@ __device__ __forceinline__ void work_row(const Params& p, unsigned char* smem, u
   using ProductFf = RowProduct<T, T::per_ff, T::units_ff, row_tiles_ff>;
   const int tid = static_cast<int>(threadIdx.x), warp = tid / 32;
   const RowPass* pass = reinterpret_cast<const RowPass*>(smem + p.smem.passes);
-  const int n_split = splits_of(p, p.kv_len[0]);
+  const int n_split = splits_of(p, p.rows[0].kv_len);
   uint32_t* const set = p.ex.set[step & 1];
   uint32_t* words = set;                            // of the layer
   const uint32_t* before = set + p.ex.stream;       // the residual stream that the layer begins with

@@ -94,7 +94,6 @@ inline __device__ __noinline__ void prefetch_step(const Params& p, uint32_t step
     for (int64_t i = first * 8; i < words; i += stride * 8)
       asm volatile("prefetch.global.L2::evict_last [%0];" ::"l"(now + at + i));
   });
-  if (p.draw && first < p.n_tok) asm volatile("prefetch.global.L2 [%0];" ::"l"(p.sampling + first));
   const int64_t n_norms = static_cast<int64_t>(p.n_layer) * p.norm_stride + p.d_model;
 #pragma unroll 1
   for (int64_t i = first * 8; i < n_norms; i += stride * 8)

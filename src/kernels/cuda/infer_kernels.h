@@ -114,17 +114,6 @@ struct PersistentDecodeLimits {
 PersistentDecode* persistent_decode_create(const Context& ctx, const InferModel& model, const InferKv& kv,
                                            const PersistentDecodeLimits& limits, const char** why);
 void persistent_decode_destroy(PersistentDecode* p) noexcept;
-// step: device pointers; cu is not read (token i is sequence i). ids may name tokens of the step before as in
-// resolve_ids (prev_ids). sample: params [n_tok] on the device (null: logits only), drawn ids go to next_ids [n_tok]
-// and next_ids_host (mapped pinned, may be null). step.logits [n_out, n_vocab] fp32; out_rows is not read (all rows).
-struct PersistentDecodeSample {
-  const RowSampling* params = nullptr;
-  const LogitEdit* edits = nullptr;
-  const uint32_t* masks = nullptr;
-  const int32_t* prev_ids = nullptr;
-  int32_t *next_ids = nullptr, *next_ids_host = nullptr;
-};
-void persistent_decode_run(const Context& ctx, PersistentDecode* p, const InferStep& step,
-                           const PersistentDecodeSample& sample);
+void persistent_decode_run(const Context& ctx, PersistentDecode* p, const PersistentStepBatch& step);
 
 }  // namespace mm::cuda
