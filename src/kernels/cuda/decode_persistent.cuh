@@ -139,9 +139,10 @@ inline int known_shape(const Params& p) {
 // decode_persistent_row.cuh).
 constexpr int attention_blocks = 8, alone_most_keys = 560;  // of a block; with more, all blocks together are faster
 __host__ __device__ constexpr int row_splits(int n_kv_head) { return attention_blocks / n_kv_head; }  // of its keys
+constexpr int alone_keys = 16 * n_warp;                   // of a round
 constexpr int alone_bytes = 216 * 1024;                   // of shared memory
 constexpr int row_barriers = 32;                          // passes under way at most
-constexpr int row_tiles = 5, row_tiles_ff = 1;   // of a pass: of width d_model, d_ff
+constexpr int row_tiles = held_tiles, row_tiles_ff = 1;   // of a pass: of width d_model, d_ff
 constexpr int row_sum_pitch = 2 * n_warp + 4;             // floats between a pass's outputs, for the sums of its warps
 constexpr int row_part_bytes = row_tiles * rows_per_tile * row_sum_pitch * 4;
 
@@ -214,6 +215,13 @@ __device__ __forceinline__ void publish(uint32_t* p, uint32_t x) {
   asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(x == unset ? 0x7fffffffu : x) : "memory");
 }
 __device__ __forceinline__ void publish(uint32_t* p, float x) { publish(p, __float_as_uint(x)); }
+
+__device__ __forceinline__ void publish(uint32_t* p, float x, float y, float z, float w) {  // 16-byte aligned
+  const auto word = [](float f) { return __float_as_uint(f) == unset ? 0x7fffffffu : __float_as_uint(f); };
+  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(word(x)), "r"(word(y)), "r"(word(z)),
+               "r"(word(w))
+               : "memory");
+}
 
 __device__ __forceinline__ bool any_unset(const uint4& x) {
   return x.x == unset || x.y == unset || x.z == unset || x.w == unset;

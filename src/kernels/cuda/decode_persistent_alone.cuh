@@ -12,7 +12,6 @@
 
 namespace mm::cuda::persistent {
 
-constexpr int alone_keys = 16 * n_warp;  // of a round
 
 // Byte offsets in shared memory.
 template <class V, int D, int G>
@@ -247,27 +246,29 @@ __device__ __forceinline__ void attend_alone(const Params& p, unsigned char* sme
     MM_TRACE(layer * 8 + 4);
     // [split][n_head D], then [split][n_head D / 32] lines of {maximum, sum}
     uint32_t* const part = words + p.ex.parts + (share.split * p.n_head + share.kv * G) * D;
-#pragma unroll 1
-    for (int i = tid; i < G * D; i += n_thread) {
-      const int head = i / D, c = i - head * D;
+    if (tid < G * D / 4) {
+      const int head = tid / (D / 4), i = 4 * tid;
       const float2* of_warp = reinterpret_cast<const float2*>(smem + L::ml) + head;
-      const float* of = reinterpret_cast<const float*>(smem + L::sums) + head * L::sum_pitch + c;
+      const float* of = reinterpret_cast<const float*>(smem + L::sums) + head * L::sum_pitch + (i - head * D);
       float2 y[n_warp];  // maximum, sum
-      float values[n_warp], top = minus_infinity(), sum = 0.0f, x = 0.0f;
+      float4 v[n_warp];
 #pragma unroll
       for (int w = 0; w < n_warp; w++) {
-        y[w] = w < n_part ? of_warp[w * G] : make_float2(minus_infinity(), 0.0f);
-        values[w] = w < n_part ? of[w * G * L::sum_pitch] : 0.0f;
+        y[w] = make_float2(minus_infinity(), 0.0f), v[w] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        if (w < n_part) y[w] = of_warp[w * G], v[w] = *reinterpret_cast<const float4*>(of + w * G * L::sum_pitch);
       }
+      float top = minus_infinity(), sum = 0.0f;
 #pragma unroll
       for (int w = 0; w < n_warp; w++) top = fmaxf(top, y[w].x);
       const float r = reference(top);
+      float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
       for (int w = 0; w < n_warp; w++) {
         const float f = exp2_fast(y[w].x - r);
-        sum += f * y[w].y, x += f * values[w];
+        sum += f * y[w].y;
+        x.x += f * v[w].x, x.y += f * v[w].y, x.z += f * v[w].z, x.w += f * v[w].w;
       }
-      publish(part + i, x);
+      publish(part + i, x.x, x.y, x.z, x.w);
       uint32_t* const line = part + p.max_split * p.n_head * D + i;
       if (i % 32 == 0) publish(line, top), publish(line + 1, sum);
     }

@@ -29,7 +29,8 @@ struct Share {
 };
 
 __device__ __forceinline__ int splits_of(const Params& p, int n_key) {
-  return max(1, min((n_key + keys_per_round - 1) / keys_per_round, p.max_split));
+  const int per = p.roles ? alone_keys : keys_per_round;
+  return max(1, min((n_key + per - 1) / per, p.max_split));
 }
 
 __device__ __forceinline__ int key_row(const Params& p, const Share& share, int key) {
