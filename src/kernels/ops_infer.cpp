@@ -123,18 +123,18 @@ static bool holds_type(WeightFormat f, DType t) {
 }
 
 bool linear_few(const Device& dev, View y, View x, View norm, float eps, const InferMatrix& w, View residual,
-                bool swiglu, const InferMatrix* ahead) {
-  cuda::FewLinear a = {.y = y.data,
-                       .x = x.data,
-                       .w = w.data,
-                       .scales = w.format == WeightFormat::i8 ? w.scales : nullptr,
-                       .norm = norm.data,
-                       .residual = residual.data,
-                       .eps = eps,
-                       .swiglu = swiglu,
-                       .m = x.rows(),
-                       .n = w.n,
-                       .k = w.k};
+                bool swiglu) {
+  const cuda::FewLinear a = {.y = y.data,
+                             .x = x.data,
+                             .w = w.data,
+                             .scales = w.format == WeightFormat::i8 ? w.scales : nullptr,
+                             .norm = norm.data,
+                             .residual = residual.data,
+                             .eps = eps,
+                             .swiglu = swiglu,
+                             .m = x.rows(),
+                             .n = w.n,
+                             .k = w.k};
   if (!holds_type(w.format, x.dtype)) return false;
   const bool few = cuda::linear_few_fits(x.dtype, a) && cuda::linear_few_pays(a);
   if (!few && !cuda::linear_wide_fits(gpu(dev), x.dtype, a)) return false;
@@ -148,8 +148,6 @@ bool linear_few(const Device& dev, View y, View x, View norm, float eps, const I
     cuda::linear_few(gpu(dev), x.dtype, a);
     return true;
   }
-  if (ahead != nullptr && ahead->format == WeightFormat::bf16)
-    a.ahead = ahead->data, a.ahead_bytes = 2 * ahead->n * ahead->k;
   cuda::linear_wide(gpu(dev), x.dtype, a);
   return true;
 }

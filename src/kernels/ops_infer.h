@@ -47,10 +47,9 @@ void quantize_i8(const Device& dev, const InferMatrix& to, View w);             
 void linear_i8(const Device& dev, View y, View x, const InferMatrix& w, View residual = {});  // y = x w^T (+ residual)
 // For the few tokens of a decode step, in one launch: y = norm(x) w^T (+ residual), or with swiglu (w: gate, then up
 // rows) silu(gate) * up. norm empty: x as it is. False where launches one after another are faster or the only way;
-// then nothing was done. ahead: weights that the product after the next will read, which may be drawn into the L2
-// cache.
+// then nothing was done.
 bool linear_few(const Device& dev, View y, View x, View norm, float eps, const InferMatrix& w, View residual = {},
-                bool swiglu = false, const InferMatrix* ahead = nullptr);
+                bool swiglu = false);
 
 // ids [n] drawn from logits [n, n_vocab], -1 where impossible.
 void sample_rows(const Device& dev, int32_t* ids, View logits, const RowSampling* params, const LogitEdit* edits,

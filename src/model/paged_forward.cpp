@@ -22,18 +22,15 @@ PagedScratch::PagedScratch(const ModelConfig& c, int64_t max_out, int64_t gather
 
 namespace {
 
-// ahead: see ops::linear_few.
-void product(const Device& dev, View y, View x, const InferMatrix& w, View residual = {},
-             const InferMatrix* ahead = nullptr) {
-  if (ops::linear_few(dev, y, x, View(), 0, w, residual, false, ahead)) return;
+void product(const Device& dev, View y, View x, const InferMatrix& w, View residual = {}) {
+  if (ops::linear_few(dev, y, x, View(), 0, w, residual)) return;
   if (w.format == WeightFormat::i8) return ops::linear_i8(dev, y, x, w, residual);
   ops::linear_fwd(dev, y, x, View(const_cast<void*>(w.data), x.dtype, {w.n, w.k}), residual);
 }
 
 // y = norm(x) w^T; `normed` [rows of x] may receive norm(x).
-void norm_product(const Device& dev, View y, View normed, View x, View norm, float eps, const InferMatrix& w,
-                  const InferMatrix* ahead = nullptr) {
-  if (ops::linear_few(dev, y, x, norm, eps, w, {}, false, ahead)) return;
+void norm_product(const Device& dev, View y, View normed, View x, View norm, float eps, const InferMatrix& w) {
+  if (ops::linear_few(dev, y, x, norm, eps, w)) return;
   ops::rmsnorm_fwd(dev, normed, View(), x, norm, eps);
   product(dev, y, normed, w);
 }
@@ -83,9 +80,7 @@ void paged_forward(const Device& dev, const GpuWeights& weights, const InferKv& 
   for (int64_t l = 0; l < c.num_hidden_layers; l++) {
     const LayerViews& w = model.weights.layers[static_cast<size_t>(l)];
     const InferLayer& matrices = m.layers[l];
-    const InferLayer* next = l + 1 < c.num_hidden_layers ? &m.layers[l + 1] : nullptr;
-    norm_product(dev, a.qkv, a.h_in, x, w.input_norm, c.rms_norm_eps, matrices.qkv,
-                 c.is_moe() ? nullptr : &matrices.gate_up);
+    norm_product(dev, a.qkv, a.h_in, x, w.input_norm, c.rms_norm_eps, matrices.qkv);
     const ops::NormRope rope = {.q_weight = w.q_norm,
                                 .k_weight = w.k_norm,
                                 .cos = m.cos,
@@ -113,10 +108,9 @@ void paged_forward(const Device& dev, const GpuWeights& weights, const InferKv& 
         ops::attention_paged(dev, a.attn.row_slice(0, b.n_decode), a.q.row_slice(0, b.n_decode), kv, l, rows);
     }
     if (b.prompts != nullptr) prompt_attention(dev, c, m, kv, l, b, a, scratch);
-    product(dev, x, a.attn, matrices.o, x, c.is_moe() ? nullptr : &matrices.down);
-    if (!c.is_moe() && ops::linear_few(dev, a.act, x, w.post_norm, c.rms_norm_eps, matrices.gate_up, {}, true,
-                                       next != nullptr ? &next->qkv : &m.head)) {
-      product(dev, x, a.act, matrices.down, x, next != nullptr ? &next->o : nullptr);
+    product(dev, x, a.attn, matrices.o, x);
+    if (!c.is_moe() && ops::linear_few(dev, a.act, x, w.post_norm, c.rms_norm_eps, matrices.gate_up, {}, true)) {
+      product(dev, x, a.act, matrices.down, x);
       continue;
     }
     ops::rmsnorm_fwd(dev, a.h_mid, View(), x, w.post_norm, c.rms_norm_eps);

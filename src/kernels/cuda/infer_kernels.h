@@ -74,9 +74,7 @@ struct FewLinear {
   const void* norm = nullptr;      // [k] T: x is normalized by its root mean square and multiplied by this; null: not
   const void* residual = nullptr;  // as y, may be y
   float eps = 1e-6f;
-  bool swiglu = false;          // f = silu(first half) * second half
-  const void* ahead = nullptr;  // linear_wide: what a kernel behind it will read, no kernel of the step writes
-  int64_t ahead_bytes = 0;      // and so may be drawn into the L2 cache; multiples of 16
+  bool swiglu = false;  // f = silu(first half) * second half
   int64_t m = 0, n = 0, k = 0;
 };
 bool linear_few_fits(DType t, const FewLinear& a);  // k a multiple of 32, rows aligned to 16 bytes

@@ -5,14 +5,14 @@
 //             `up`), and N tokens, its columns; those behind the last arrive as zeros
 //   k         all of it in one block where w's tile fits its shared memory, else split over the P blocks of a cluster
 //   warps     0 to 3 multiply, 4 to 7 norm, 8 copies
-//   overlap   all of a block's weights are copied before the kernel waits for the one before it, and the weights that
-//             a later kernel will want are drawn into the L2 cache; behind the wait are x, the products and the sums
+//   overlap   all of a block's weights are copied before the kernel waits for the one before it; behind the wait are
+//             x, the products and the sums
 //   x         passes through a ring. With a norm, warps 4 to 7 multiply what has arrived by the norm's weight (one
 //             rounding) and gather its squares; the products' sums are multiplied by 1 / rms at the end
 //   P > 1     a block sends each other one its part of the 8 s tokens that that one finishes, into memory that nothing
 //             else uses, as the registers hold it; parts are added in their order
 //
-// Bytes: w once from memory, and once for each tile of tokens from L2, ahead of time; x once a block, which is why the
+// Bytes: w once from memory, and once for each tile of tokens from L2; x once a block, which is why the
 // tokens are split: behind the wait an SM takes in some 45 bytes a clock.
 //
 // A row's bits depend on m alone, not on the other rows.
@@ -58,8 +58,6 @@ struct WideParams {
   CUtensorMap w, x;  // [k / 64][rows][64]
   void* y;
   const void *residual, *norm;
-  const char* ahead;
-  int64_t ahead_bytes;
   float eps;
   int m, n_out, k, up, row_tiles;  // up: rows from a gate's to its up; 0: no SwiGLU
   int steps, slots, tail;
@@ -123,15 +121,6 @@ __global__ void __launch_bounds__(n_thread, 2) wide_kernel(const __grid_constant
   __syncthreads();
   let_next_begin();
   if constexpr (P > 1) cluster_arrive();
-  if (warp == copy_warp) {
-    const int64_t run = (a.ahead_bytes + gridDim.x * 128 - 1) / (gridDim.x * 128) * 128, first = blockIdx.x * run,
-                  end = min(first + run, a.ahead_bytes);
-    if (elect_one()) {
-      for (int64_t at = first; at < end; at += 16384)
-        prefetch_l2(a.ahead + at, static_cast<uint32_t>(min(int64_t{16384}, end - at)));
-    }
-    __syncwarp();
-  }
   wait_for_previous();
 
   // This block's share of the output: groups of 8 tokens, in items of 4 neighbouring rows.
@@ -366,7 +355,7 @@ double clocks_of(const Context& ctx, const FewLinear& a, const Spread& s) {
   const double k = s.steps * block_k * per_sm, x = 2.0 * s.columns * k / 45;
   const double products = s.tiles * k / 16 * std::max(16 + s.columns / 4, s.columns / 2);
   const double under_way = std::min(1.0, per_sm * s.slots * slot_bytes(s.tiles, a.swiglu, s.columns) / 32768.0);
-  const double weights = 2.0 * static_cast<double>(a.n * a.k * div_up(a.m, s.columns)) / 3700;  // from L2, mostly ahead
+  const double weights = 2.0 * static_cast<double>(a.n * a.k * div_up(a.m, s.columns)) / 3700;  // from L2
   return 800 + std::max(x / under_way, products) + 0.25 * weights + (s.parts > 1 ? 900 + 100 * s.parts : 0) +
          s.columns * rows_staged(s.tiles, a.swiglu) / 16.0;
 }
@@ -404,8 +393,6 @@ void launch_spread(const Context& ctx, const FewLinear& a, const Spread& s) {
                         a.y,
                         a.residual,
                         a.norm,
-                        static_cast<const char*>(a.ahead),
-                        aligned({a.ahead}) ? a.ahead_bytes / 16 * 16 : 0,
                         a.eps,
                         static_cast<int>(a.m),
                         static_cast<int>(n_out),
