@@ -192,7 +192,7 @@ void launch_for_group(const Context& ctx, const KvLayer& kv, const PagedAttentio
       // these.
       if (pairs > ctx.n_sm && a.max_key <= 256) return launch<T, C, D, kHeads, 4, 2, 3>(ctx, kv, a, n_split);
       if (pairs > ctx.n_sm || !large) return launch<T, C, D, kHeads, 4, 3, 3>(ctx, kv, a, n_split);
-      if (large && a.max_key > n_split * 128) return launch<T, C, D, kHeads, 16, 2, 1>(ctx, kv, a, n_split);
+      if (large && a.max_key > n_split * 256) return launch<T, C, D, kHeads, 16, 2, 1>(ctx, kv, a, n_split);
       return launch<T, C, D, kHeads, 8, 2, 2>(ctx, kv, a, n_split);
     }
   };

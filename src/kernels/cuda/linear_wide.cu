@@ -1,14 +1,17 @@
-// y [m, n] = f(norm(x) [m, k] w^T) (+ residual) in bf16 for the 33 to 128 tokens of a decode step on a Hopper (TMA,
-// wgmma), with the RMSNorm before and the SwiGLU or the residual behind in the same launch:
+// y [m, n] = f(x [m, k] w^T / rms) (+ residual) in bf16 for the 33 to 128 tokens of a decode step on a Hopper (TMA,
+// wgmma), with what is left of the RMSNorm before, and the SwiGLU or the residual behind, in the same launch:
 //
 //   tile      kTiles times 64 weight rows, the rows of wgmma m64nNk16 (with SwiGLU half of them of the gate, half of
 //             `up`), and N tokens, its columns; those behind the last arrive as zeros
 //   k         all of it in one block where w's tile fits its shared memory, else split over the P blocks of a cluster
-//   warps     0 to 3 multiply, 4 to 7 norm, 8 copies
+//   warps     0 to 3 multiply, 4 to 7 add up squares and help to write, 8 copies
 //   overlap   all of a block's weights are copied before the kernel waits for the one before it; behind the wait are
 //             x, the products and the sums
-//   x         passes through a ring. With a norm, warps 4 to 7 multiply what has arrived by the norm's weight (one
-//             rounding) and gather its squares; the products' sums are multiplied by 1 / rms at the end
+//   x         passes through a ring, from memory to the tensor cores as it is
+//   norm      who writes x [m, d] also writes x times the norm's weight (one rounding) and the sums of squares of its
+//             tiles of 64 columns (a tree over 16 lanes), so a product only adds up d / 64 numbers a token, in order,
+//             and multiplies its sums by 1 / rms. Norming in every product, by warps 4 to 7 on what the ring held,
+//             took longer than the product: 10,850 clocks of gate and up behind the wait instead of NEWCLOCKS
 //   P > 1     a block sends each other one its part of the 8 s tokens that that one finishes, into memory that nothing
 //             else uses, as the registers hold it; parts are added in their order
 //
@@ -45,7 +48,7 @@ __host__ __device__ constexpr int sent_bytes(int columns, int parts) {
   return (parts - 1) * groups_of(columns, parts) * 128 * 16;
 }
 constexpr int barrier_bytes = 512, factor_bytes = max_tokens / 2 * 4;
-static_assert((max_steps + 3 * max_slots) * 8 <= barrier_bytes);
+static_assert((max_steps + 2 * max_slots) * 8 <= barrier_bytes);
 
 // How a product is spread over the GPU; columns 0: it does not fit.
 struct Spread {
@@ -57,7 +60,9 @@ struct Spread {
 struct WideParams {
   CUtensorMap w, x;  // [k / 64][rows][64]
   void* y;
-  const void *residual, *norm;
+  const void* residual;
+  const float* squares;
+  ScaledRows next;
   float eps;
   int m, n_out, k, up, row_tiles;  // up: rows from a gate's to its up; 0: no SwiGLU
   int steps, slots, tail;
@@ -68,7 +73,8 @@ template <int kTiles, int N, int P, bool kSwiglu>
 __global__ void __launch_bounds__(n_thread, 2) wide_kernel(const __grid_constant__ WideParams a) {
 #if defined(MM_SM90A)
   using namespace hopper;
-  constexpr int copy_warp = 8, n_finish = 256;  // threads that write the output
+  constexpr int copy_warp = 8, n_finish = 256;     // threads that write the output
+  constexpr bool kAdds = kTiles == 1 && !kSwiglu;  // the residual; and is followed by a norm
   constexpr int x_k = slot_k(kTiles, kSwiglu), x_slot = slot_bytes(kTiles, kSwiglu, N), groups = N / 8,
                 halves = x_k / 64;
   constexpr int out_rows = rows_out(kTiles, kSwiglu),
@@ -78,10 +84,9 @@ __global__ void __launch_bounds__(n_thread, 2) wide_kernel(const __grid_constant
   extern __shared__ __align__(1024) unsigned char memory[];
   unsigned char *const w_at = memory, *const x_at = memory + a.steps * kTiles * w_tile, *const tail = memory + a.tail;
   uint64_t *const w_full = reinterpret_cast<uint64_t*>(tail), *const x_full = w_full + max_steps,
-                  *const x_ready = x_full + max_slots, *const x_empty = x_ready + max_slots;
+                  *const x_empty = x_full + max_slots;
   float* const factor = reinterpret_cast<float*>(tail + barrier_bytes);
   unsigned char* const sent = tail + barrier_bytes + factor_bytes;
-  unsigned char* const norm = sent + sent_bytes(N, P);
   const int thread = static_cast<int>(threadIdx.x), warp = uniform(thread / 32), lane = thread % 32;
   const int part = static_cast<int>(blockIdx.x) % P, tile = static_cast<int>(blockIdx.x) / P;
   const int row0 = tile % a.row_tiles * out_rows, first_token = tile / a.row_tiles * N;
@@ -91,8 +96,7 @@ __global__ void __launch_bounds__(n_thread, 2) wide_kernel(const __grid_constant
   if (warp == copy_warp) {
     if (elect_one()) {
       for (int i = 0; i < steps; i++) mbarrier_init(&w_full[i], 1);
-      for (int i = 0; i < a.slots; i++)
-        mbarrier_init(&x_full[i], 1), mbarrier_init(&x_ready[i], 4), mbarrier_init(&x_empty[i], 4);
+      for (int i = 0; i < a.slots; i++) mbarrier_init(&x_full[i], 1), mbarrier_init(&x_empty[i], 4);
       mbarrier_init_fence();
       for (int i = 0; i < steps; i++) {
         mbarrier_arrive_expect(&w_full[i], kTiles * w_tile);
@@ -111,18 +115,10 @@ __global__ void __launch_bounds__(n_thread, 2) wide_kernel(const __grid_constant
       prefetch_tensor_map(&a.x);
     }
     __syncwarp();
-  } else if (warp >= 4 && a.norm != nullptr) {
-    for (int c = thread - 128; c < steps * (block_k / 8); c += 128) {
-      const int at = begin * block_k + c * 8;
-      reinterpret_cast<uint4*>(norm)[c] =
-          at < a.k ? __ldg(reinterpret_cast<const uint4*>(static_cast<const bf16*>(a.norm) + at)) : uint4{};
-    }
   }
   __syncthreads();
   let_next_begin();
   if constexpr (P > 1) cluster_arrive();
-  wait_for_previous();
-
   // This block's share of the output: groups of 8 tokens, in items of 4 neighbouring rows.
   constexpr int per_token = out_rows / 4, chunks = (groups_of(N, P) * 8 * per_token + n_finish - 1) / n_finish;
   const int group0 = groups * part / P, share = groups * (part + 1) / P - group0, token0 = group0 * 8;
@@ -131,8 +127,15 @@ __global__ void __launch_bounds__(n_thread, 2) wide_kernel(const __grid_constant
   const auto item_at = [&](int i) {
     return static_cast<int64_t>(first_token + token0 + i / per_token) * a.n_out + row0 + i % per_token * 4;
   };
+  uint2 next_norm = {};  // of an item's rows
+  if constexpr (kAdds) {
+    if (const int row = row0 + thread % per_token * 4; a.next.norm != nullptr && warp < copy_warp && row < a.n_out)
+      next_norm = __ldg(reinterpret_cast<const uint2*>(static_cast<const bf16*>(a.next.norm) + row));
+  }
+  wait_for_previous();
+
   uint2 add[chunks] = {};
-  if constexpr (kTiles == 1 && !kSwiglu) {
+  if constexpr (kAdds) {
     if (a.residual != nullptr && warp < copy_warp) {
 #pragma unroll
       for (int c = 0; c < chunks; c++) {
@@ -154,67 +157,26 @@ __global__ void __launch_bounds__(n_thread, 2) wide_kernel(const __grid_constant
     }
     __syncwarp();
   } else if (warp >= 4) {
-    if (a.norm != nullptr) {
-      const auto multiply = [](uint32_t u, uint32_t v) {
-        const __nv_bfloat162 y =
-            __hmul2(*reinterpret_cast<const __nv_bfloat162*>(&u), *reinterpret_cast<const __nv_bfloat162*>(&v));
-        return *reinterpret_cast<const uint32_t*>(&y);
-      };
-      // A thread's chunks of 16 bytes lie in rows that are equal modulo 8, so they are the same columns of 64.
-      const int t = thread - 128, column = (t ^ t / 8) & 7;
-      float s[N / 16] = {};
-      for (int i = 0, slot = 0, phase = 0; i < x_steps; i++) {
-        uint4 by[halves];
+    if (const int t = thread - 128; a.squares != nullptr && t < N) {
+      constexpr int together = 16;  // loads under way
+      float sum = 0.0f;
+      for (int first = 0; first < a.k / 64; first += together) {
+        float s[together];
 #pragma unroll
-        for (int h = 0; h < halves; h++) by[h] = reinterpret_cast<const uint4*>(norm)[(i * halves + h) * 8 + column];
-        mbarrier_wait(&x_full[slot], phase);
-        uint4* const at = reinterpret_cast<uint4*>(x_at + slot * x_slot) + t;
-        uint4 v[halves][N / 16];
+        for (int i = 0; i < together; i++)
+          s[i] = t < tokens && first + i < a.k / 64 ? a.squares[(first + i) * a.m + first_token + t] : 0.0f;
 #pragma unroll
-        for (int h = 0; h < halves; h++) {
-#pragma unroll
-          for (int r = 0; r < N / 16; r++) v[h][r] = at[(h * (N / 16) + r) * 128];
-        }
-#pragma unroll
-        for (int h = 0; h < halves; h++) {
-#pragma unroll
-          for (int r = 0; r < N / 16; r++) {
-            const uint4 x = v[h][r], b = by[h];
-            at[(h * (N / 16) + r) * 128] =
-                make_uint4(multiply(x.x, b.x), multiply(x.y, b.y), multiply(x.z, b.z), multiply(x.w, b.w));
-          }
-        }
-        fence_async_proxy();
-        __syncwarp();
-        if (lane == 0) mbarrier_arrive(&x_ready[slot]);
-#pragma unroll
-        for (int h = 0; h < halves; h++) {
-#pragma unroll
-          for (int r = 0; r < N / 16; r++) {
-            const uint32_t words[4] = {v[h][r].x, v[h][r].y, v[h][r].z, v[h][r].w};
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-              const float2 f = unpack2<bf16>(words[e]);
-              s[r] += f.x * f.x + f.y * f.y;
-            }
-          }
-        }
-        if (++slot == a.slots) slot = 0, phase ^= 1;
+        for (int i = 0; i < together; i++) sum += s[i];
       }
-#pragma unroll
-      for (int r = 0; r < N / 16; r++) {
-        const float all = warp_sum<8>(s[r]);
-        if (t % 8 == 0) factor[16 * r + t / 8] = rsqrtf(all / static_cast<float>(a.k) + a.eps);
-      }
+      factor[t] = rsqrtf(sum / static_cast<float>(a.k) + a.eps);
     }
   } else {
     const uint64_t w_desc = wgmma_descriptor<128>(smem_address(w_at), 0, 1024),
                    x_desc = wgmma_descriptor<128>(smem_address(x_at), 0, 1024);
-    uint64_t* const x_there = a.norm != nullptr ? x_ready : x_full;
     for (int i = 0, slot = 0, phase = 0; i < x_steps; i++) {
       const int w_step = i * x_k / block_k, w_half = i * x_k % block_k / 64;
       if (w_half == 0) mbarrier_wait(&w_full[w_step], 0);
-      mbarrier_wait(&x_there[slot], phase);
+      mbarrier_wait(&x_full[slot], phase);
       wgmma_fence();
 #pragma unroll
       for (int t = 0; t < kTiles; t++) {
@@ -237,7 +199,7 @@ __global__ void __launch_bounds__(n_thread, 2) wide_kernel(const __grid_constant
   }
   __syncthreads();  // w and x have been read, factors are known
 
-  const auto silu = [](float z) { return z / (1.0f + __expf(-z)); };
+  const auto silu = [](float z) { return __fdividef(z, 1.0f + __expf(-z)); };
   // d[t][i]: row 16 warp + lane / 4 + 8 (i / 2 % 2) of tile t, token 8 (i / 4) + 2 (lane % 4) + i % 2.
   float* const sums = reinterpret_cast<float*>(memory);  // [token][padded]
   if constexpr (P > 1) {
@@ -274,7 +236,8 @@ __global__ void __launch_bounds__(n_thread, 2) wide_kernel(const __grid_constant
 #pragma unroll
     for (int g = 0; g < groups; g++) {
       const int token = 8 * g + 2 * (lane % 4);
-      const float2 r = a.norm != nullptr ? *reinterpret_cast<const float2*>(factor + token) : make_float2(1.0f, 1.0f);
+      const float2 r =
+          a.squares != nullptr ? *reinterpret_cast<const float2*>(factor + token) : make_float2(1.0f, 1.0f);
 #pragma unroll
       for (int t = 0; t < rows_staged(kTiles, kSwiglu) / tile_rows; t++) {
 #pragma unroll
@@ -292,21 +255,34 @@ __global__ void __launch_bounds__(n_thread, 2) wide_kernel(const __grid_constant
 #pragma unroll
   for (int c = 0; c < chunks; c++) {
     const int i = thread + c * n_finish;
-    if (!is_item(i)) continue;
-    const float* from = sums + i / per_token * padded + i % per_token * 4;
-    float4 out = *reinterpret_cast<const float4*>(from);
-    if constexpr (mixed) {
-      const float4 by = *reinterpret_cast<const float4*>(from + tile_rows / 2);
-      out = make_float4(silu(out.x) * by.x, silu(out.y) * by.y, silu(out.z) * by.z, silu(out.w) * by.w);
+    const bool there = is_item(i);
+    uint2 y = {};
+    if (there) {
+      const float* from = sums + i / per_token * padded + i % per_token * 4;
+      float4 out = *reinterpret_cast<const float4*>(from);
+      if constexpr (mixed) {
+        const float4 by = *reinterpret_cast<const float4*>(from + tile_rows / 2);
+        out = make_float4(silu(out.x) * by.x, silu(out.y) * by.y, silu(out.z) * by.z, silu(out.w) * by.w);
+      }
+      if constexpr (kAdds) {
+        if (a.residual != nullptr) {
+          const float2 lo = unpack2<bf16>(add[c].x), hi = unpack2<bf16>(add[c].y);
+          out = make_float4(out.x + lo.x, out.y + lo.y, out.z + hi.x, out.w + hi.y);
+        }
+      }
+      y = make_uint2(pack2<bf16>(out.x, out.y), pack2<bf16>(out.z, out.w));
+      *reinterpret_cast<uint2*>(static_cast<bf16*>(a.y) + item_at(i)) = y;
     }
-    if constexpr (kTiles == 1 && !kSwiglu) {
-      if (a.residual != nullptr) {
-        const float2 lo = unpack2<bf16>(add[c].x), hi = unpack2<bf16>(add[c].y);
-        out = make_float4(out.x + lo.x, out.y + lo.y, out.z + hi.x, out.w + hi.y);
+    if constexpr (kAdds) {
+      if (a.next.norm != nullptr) {  // 16 lanes hold the tile's 64 rows of a token
+        const float2 lo = unpack2<bf16>(y.x), hi = unpack2<bf16>(y.y);
+        const float s = warp_sum<16>(lo.x * lo.x + lo.y * lo.y + hi.x * hi.x + hi.y * hi.y);
+        if (lane % 16 == 0 && i < items) a.next.squares[row0 / 64 * a.m + first_token + token0 + i / per_token] = s;
+        if (there)
+          *reinterpret_cast<uint2*>(static_cast<bf16*>(a.next.scaled) + item_at(i)) =
+              make_uint2(multiply2(y.x, next_norm.x), multiply2(y.y, next_norm.y));
       }
     }
-    *reinterpret_cast<uint2*>(static_cast<bf16*>(a.y) + item_at(i)) =
-        make_uint2(pack2<bf16>(out.x, out.y), pack2<bf16>(out.z, out.w));
   }
 #endif
 }
@@ -331,16 +307,16 @@ int64_t blocks_of(const FewLinear& a, const Spread& s) {
 
 // Completes a spread of which tiles, columns, parts and, if not 0, slots are given; false: it does not fit one wave.
 bool complete(const Context& ctx, const FewLinear& a, Spread& s) {
-  if ((s.tiles == 2 || a.swiglu) && (a.residual != nullptr || s.parts > 1 || s.columns == 16)) return false;
+  if ((s.tiles == 2 || a.swiglu) && (a.residual != nullptr || a.next.norm != nullptr || s.parts > 1 || s.columns == 16))
+    return false;
   if (s.columns == 16 && s.parts > 2) return false;
-  if (s.parts > 1 && a.norm != nullptr) return false;
+  if (s.parts > 1 && a.squares != nullptr) return false;
   const int64_t all = div_up(a.k, block_k);
   if (all < s.parts || div_up(all, s.parts) > max_steps) return false;
   s.steps = static_cast<int>(div_up(all, s.parts));
   const int slot = slot_bytes(s.tiles, a.swiglu, s.columns);
-  const int fixed = barrier_bytes + factor_bytes + sent_bytes(s.columns, s.parts) +
-                    (a.norm != nullptr ? s.steps * block_k * 2 : 0),
-            w = s.steps * s.tiles * w_tile, wanted = s.steps * (block_k / slot_k(s.tiles, a.swiglu));
+  const int fixed = barrier_bytes + factor_bytes + sent_bytes(s.columns, s.parts), w = s.steps * s.tiles * w_tile,
+            wanted = s.steps * (block_k / slot_k(s.tiles, a.swiglu));
   const int room = std::min((max_shared - fixed - w) / slot, max_slots);
   s.slots = std::min(s.slots == 0 ? wanted : std::min(s.slots, wanted), room);
   if (s.slots < std::min(wanted, 2)) return false;
@@ -392,7 +368,8 @@ void launch_spread(const Context& ctx, const FewLinear& a, const Spread& s) {
                         rows_map(a.x, a.m, a.k, s.columns, slot_k(s.tiles, a.swiglu) / 64),
                         a.y,
                         a.residual,
-                        a.norm,
+                        a.squares,
+                        a.next,
                         a.eps,
                         static_cast<int>(a.m),
                         static_cast<int>(n_out),
@@ -426,10 +403,11 @@ void launch_spread(const Context& ctx, const FewLinear& a, const Spread& s) {
 }  // namespace
 
 bool linear_wide_fits(const Context& ctx, DType t, const FewLinear& a) {
-  if (ctx.arch != 90 || t != DType::bf16 || a.scales != nullptr || a.m < 1 || a.m > max_tokens) return false;
+  if (ctx.arch != 90 || t != DType::bf16 || a.scales != nullptr || a.norm != nullptr || a.m < 1 || a.m > max_tokens)
+    return false;
   if ((a.swiglu ? a.n / 2 : a.n) % 4 != 0 || a.k % 64 != 0 || a.n >= (int64_t{1} << 20) || a.k >= (int64_t{1} << 20))
     return false;
-  return aligned({a.x, a.w, a.norm, a.y, a.residual}) && spread_of(ctx, a).columns != 0;
+  return aligned({a.x, a.w, a.y, a.residual, a.next.norm, a.next.scaled}) && spread_of(ctx, a).columns != 0;
 }
 
 void linear_wide(const Context& ctx, DType t, const FewLinear& a) {
