@@ -7,13 +7,16 @@
 //   warps     0 to 3 multiply, 4 to 7 add up squares and help to write, 8 copies
 //   overlap   all of a block's weights are copied before the kernel waits for the one before it; behind the wait are
 //             x, the products and the sums
-//   x         passes through a ring, from memory to the tensor cores as it is
+//   x         passes through a ring, from memory to the tensor cores as it is. A slot used again costs some 1,000
+//   clocks,
+//             so where x does not fit beside w, the last steps of w take the place of the first ones instead
 //   norm      who writes x [m, d] also writes x times the norm's weight (one rounding) and the sums of squares of its
 //             tiles of 64 columns (a tree over 16 lanes), so a product only adds up d / 64 numbers a token, in order,
 //             and multiplies its sums by 1 / rms. Norming in every product, by warps 4 to 7 on what the ring held,
 //             took longer than the product: 10,850 clocks of gate and up behind the wait instead of NEWCLOCKS
 //   P > 1     a block sends each other one its part of the 8 s tokens that that one finishes, into memory that nothing
-//             else uses, as the registers hold it; parts are added in their order
+//             else uses, as the registers hold it, and a barrier counts the bytes that have come; parts are added in
+//             their order
 //
 // Bytes: w once from memory, and once for each tile of tokens from L2; x once a block, which is why the
 // tokens are split: behind the wait an SM takes in some 45 bytes a clock.
@@ -48,12 +51,13 @@ __host__ __device__ constexpr int sent_bytes(int columns, int parts) {
   return (parts - 1) * groups_of(columns, parts) * 128 * 16;
 }
 constexpr int barrier_bytes = 512, factor_bytes = max_tokens / 2 * 4;
-static_assert((max_steps + 2 * max_slots) * 8 <= barrier_bytes);
+static_assert((max_steps + 2 * max_slots + 1) * 8 <= barrier_bytes);
 
 // How a product is spread over the GPU; columns 0: it does not fit.
 struct Spread {
   int tiles = 1, columns = 0, parts = 1, slots = 0;
   int steps = 0;  // of block_k, the most of a block
+  int late = 0;   // of them, weights that take the place of the first ones
   int tail = 0, shared = 0;
 };
 
@@ -65,7 +69,7 @@ struct WideParams {
   ScaledRows next;
   float eps;
   int m, n_out, k, up, row_tiles;  // up: rows from a gate's to its up; 0: no SwiGLU
-  int steps, slots, tail;
+  int resident, slots, tail;       // steps of w that have a place of their own
 };
 
 // Blocks: P parts of k, then tiles of rows, then of tokens.
@@ -82,9 +86,10 @@ __global__ void __launch_bounds__(n_thread, 2) wide_kernel(const __grid_constant
   constexpr bool mixed = kSwiglu && kTiles == 1;            // a tile of 32 rows of the gate and 32 of `up`
   static_assert(P == 1 || kTiles == 1);
   extern __shared__ __align__(1024) unsigned char memory[];
-  unsigned char *const w_at = memory, *const x_at = memory + a.steps * kTiles * w_tile, *const tail = memory + a.tail;
+  unsigned char *const w_at = memory, *const x_at = memory + a.resident * kTiles * w_tile,
+                       *const tail = memory + a.tail;
   uint64_t *const w_full = reinterpret_cast<uint64_t*>(tail), *const x_full = w_full + max_steps,
-                  *const x_empty = x_full + max_slots;
+                  *const x_empty = x_full + max_slots, *const sent_full = x_empty + max_slots;
   float* const factor = reinterpret_cast<float*>(tail + barrier_bytes);
   unsigned char* const sent = tail + barrier_bytes + factor_bytes;
   const int thread = static_cast<int>(threadIdx.x), warp = uniform(thread / 32), lane = thread % 32;
@@ -93,25 +98,34 @@ __global__ void __launch_bounds__(n_thread, 2) wide_kernel(const __grid_constant
   const int tokens = min(N, a.m - first_token);
   const int all_steps = (a.k + block_k - 1) / block_k, begin = all_steps * part / P,
             steps = all_steps * (part + 1) / P - begin, x_steps = steps * (block_k / x_k);
+  const int late = max(steps - a.resident, 0), freed = max(x_steps - a.slots, late * (block_k / x_k));
+  // This block's share of the output: groups of 8 tokens, in items of 4 neighbouring rows.
+  constexpr int per_token = out_rows / 4, chunks = (groups_of(N, P) * 8 * per_token + n_finish - 1) / n_finish;
+  const int group0 = groups * part / P, share = groups * (part + 1) / P - group0, token0 = group0 * 8;
+  const auto load_weights = [&](int i, int place) {
+    mbarrier_arrive_expect(&w_full[i], kTiles * w_tile);
+    if constexpr (mixed) {
+#pragma unroll
+      for (int t = 0; t < 4; t++)
+        tma_load_3d(w_at + place * w_tile + t * (w_tile / 4), &a.w, &w_full[i], 0, row0 + t % 2 * a.up,
+                    (begin + i) * 2 + t / 2);
+    } else {
+#pragma unroll
+      for (int t = 0; t < kTiles; t++)
+        tma_load_3d(w_at + (place * kTiles + t) * w_tile, &a.w, &w_full[i], 0, row0 + t * (kSwiglu ? a.up : tile_rows),
+                    (begin + i) * 2);
+    }
+  };
   if (warp == copy_warp) {
     if (elect_one()) {
       for (int i = 0; i < steps; i++) mbarrier_init(&w_full[i], 1);
       for (int i = 0; i < a.slots; i++) mbarrier_init(&x_full[i], 1), mbarrier_init(&x_empty[i], 4);
-      mbarrier_init_fence();
-      for (int i = 0; i < steps; i++) {
-        mbarrier_arrive_expect(&w_full[i], kTiles * w_tile);
-        if constexpr (mixed) {
-#pragma unroll
-          for (int t = 0; t < 4; t++)
-            tma_load_3d(w_at + i * w_tile + t * (w_tile / 4), &a.w, &w_full[i], 0, row0 + t % 2 * a.up,
-                        (begin + i) * 2 + t / 2);
-        } else {
-#pragma unroll
-          for (int t = 0; t < kTiles; t++)
-            tma_load_3d(w_at + (i * kTiles + t) * w_tile, &a.w, &w_full[i], 0, row0 + t * (kSwiglu ? a.up : tile_rows),
-                        (begin + i) * 2);
-        }
+      if constexpr (P > 1) {
+        mbarrier_init(sent_full, 1);
+        mbarrier_arrive_expect(sent_full, (P - 1) * share * 128 * 16);
       }
+      mbarrier_init_fence();
+      for (int i = 0; i < steps - late; i++) load_weights(i, i);
       prefetch_tensor_map(&a.x);
     }
     __syncwarp();
@@ -119,9 +133,6 @@ __global__ void __launch_bounds__(n_thread, 2) wide_kernel(const __grid_constant
   __syncthreads();
   let_next_begin();
   if constexpr (P > 1) cluster_arrive();
-  // This block's share of the output: groups of 8 tokens, in items of 4 neighbouring rows.
-  constexpr int per_token = out_rows / 4, chunks = (groups_of(N, P) * 8 * per_token + n_finish - 1) / n_finish;
-  const int group0 = groups * part / P, share = groups * (part + 1) / P - group0, token0 = group0 * 8;
   const int items = max(min(share * 8, tokens - token0), 0) * per_token;
   const auto is_item = [&](int i) { return i < items && row0 + i % per_token * 4 < a.n_out; };
   const auto item_at = [&](int i) {
@@ -148,10 +159,15 @@ __global__ void __launch_bounds__(n_thread, 2) wide_kernel(const __grid_constant
   float d[kTiles][N / 2];
   if (warp == copy_warp) {
     if (elect_one()) {
-      for (int i = 0, slot = 0, phase = 0; i < x_steps; i++) {
+      for (int i = 0, slot = 0, phase = 0; i < a.slots + freed; i++) {
         if (i >= a.slots) mbarrier_wait(&x_empty[slot], phase ^ 1);
-        mbarrier_arrive_expect(&x_full[slot], x_slot);
-        tma_load_3d(x_at + slot * x_slot, &a.x, &x_full[slot], 0, first_token, begin * 2 + i * halves);
+        if (i < x_steps) {
+          mbarrier_arrive_expect(&x_full[slot], x_slot);
+          tma_load_3d(x_at + slot * x_slot, &a.x, &x_full[slot], 0, first_token, begin * 2 + i * halves);
+        }
+        // All of a step's x have been multiplied, so its weights are not wanted any more.
+        const int done = i - a.slots + 1, place = done / (block_k / x_k) - 1;
+        if (done > 0 && done % (block_k / x_k) == 0 && place < late) load_weights(a.resident + place, place);
         if (++slot == a.slots) slot = 0, phase ^= 1;
       }
     }
@@ -175,6 +191,7 @@ __global__ void __launch_bounds__(n_thread, 2) wide_kernel(const __grid_constant
                    x_desc = wgmma_descriptor<128>(smem_address(x_at), 0, 1024);
     for (int i = 0, slot = 0, phase = 0; i < x_steps; i++) {
       const int w_step = i * x_k / block_k, w_half = i * x_k % block_k / 64;
+      const int w_place = w_step < a.resident ? w_step : w_step - a.resident;
       if (w_half == 0) mbarrier_wait(&w_full[w_step], 0);
       mbarrier_wait(&x_full[slot], phase);
       wgmma_fence();
@@ -183,11 +200,11 @@ __global__ void __launch_bounds__(n_thread, 2) wide_kernel(const __grid_constant
 #pragma unroll
         for (int j = 0; j < x_k / 16; j++)
           wgmma_ss<__nv_bfloat16, N>(
-              d[t], w_desc + (w_step * kTiles + t) * (w_tile / 16) + (w_half + j / 4) * (w_tile / 32) + 2 * (j % 4),
+              d[t], w_desc + (w_place * kTiles + t) * (w_tile / 16) + (w_half + j / 4) * (w_tile / 32) + 2 * (j % 4),
               x_desc + slot * (x_slot / 16) + j / 4 * (N * 8) + 2 * (j % 4), i > 0 || j > 0);
       }
       wgmma_commit();
-      if (i > 0 && i - 1 + a.slots < x_steps) {  // the slot before this one is wanted again
+      if (i > 0 && i <= freed) {  // the slot before this one is wanted again, or its weights' place
         wgmma_wait<1>();
         if (lane == 0) mbarrier_arrive(&x_empty[slot == 0 ? a.slots - 1 : slot - 1]);
       }
@@ -211,13 +228,12 @@ __global__ void __launch_bounds__(n_thread, 2) wide_kernel(const __grid_constant
         int to = 0;
         while (groups * (to + 1) / P <= g) to++;
         if (to != part)
-          cluster_store(smem_address(at(part < to ? part : part - 1, g - groups * to / P)), to,
-                        make_float4(d[0][4 * g], d[0][4 * g + 1], d[0][4 * g + 2], d[0][4 * g + 3]));
+          cluster_send(smem_address(at(part < to ? part : part - 1, g - groups * to / P)), smem_address(sent_full), to,
+                       make_float4(d[0][4 * g], d[0][4 * g + 1], d[0][4 * g + 2], d[0][4 * g + 3]));
       }
     }
-    cluster_arrive();
-    cluster_wait();
     if (warp < 4) {
+      mbarrier_wait(sent_full, 0);
 #pragma unroll
       for (int g = 0; g < groups; g++) {
         if (g < group0 || g >= group0 + share) continue;
@@ -314,9 +330,10 @@ bool complete(const Context& ctx, const FewLinear& a, Spread& s) {
   const int64_t all = div_up(a.k, block_k);
   if (all < s.parts || div_up(all, s.parts) > max_steps) return false;
   s.steps = static_cast<int>(div_up(all, s.parts));
+  if (s.late > 0 && s.steps - s.late < std::max(2, s.late)) return false;  // their places are free in time
   const int slot = slot_bytes(s.tiles, a.swiglu, s.columns);
-  const int fixed = barrier_bytes + factor_bytes + sent_bytes(s.columns, s.parts), w = s.steps * s.tiles * w_tile,
-            wanted = s.steps * (block_k / slot_k(s.tiles, a.swiglu));
+  const int fixed = barrier_bytes + factor_bytes + sent_bytes(s.columns, s.parts),
+            w = (s.steps - s.late) * s.tiles * w_tile, wanted = s.steps * (block_k / slot_k(s.tiles, a.swiglu));
   const int room = std::min((max_shared - fixed - w) / slot, max_slots);
   s.slots = std::min(s.slots == 0 ? wanted : std::min(s.slots, wanted), room);
   if (s.slots < std::min(wanted, 2)) return false;
@@ -330,9 +347,10 @@ double clocks_of(const Context& ctx, const FewLinear& a, const Spread& s) {
   const int per_sm = blocks_of(a, s) > ctx.n_sm ? 2 : 1;
   const double k = s.steps * block_k * per_sm, x = 2.0 * s.columns * k / 45;
   const double products = s.tiles * k / 16 * std::max(16 + s.columns / 4, s.columns / 2);
-  const double under_way = std::min(1.0, per_sm * s.slots * slot_bytes(s.tiles, a.swiglu, s.columns) / 32768.0);
+  const int x_steps = s.steps * (block_k / slot_k(s.tiles, a.swiglu));
+  const double again = 1000.0 * (x_steps - s.slots) / s.slots + 150.0 * s.late;
   const double weights = 2.0 * static_cast<double>(a.n * a.k * div_up(a.m, s.columns)) / 3700;  // from L2
-  return 800 + std::max(x / under_way, products) + 0.25 * weights + (s.parts > 1 ? 900 + 100 * s.parts : 0) +
+  return 800 + std::max(x, products) + again + 0.25 * weights + (s.parts > 1 ? 900 + 100 * s.parts : 0) +
          s.columns * rows_staged(s.tiles, a.swiglu) / 16.0;
 }
 
@@ -341,9 +359,11 @@ Spread spread_of(const Context& ctx, const FewLinear& a) {
   for (int tiles = 1; tiles <= 2; tiles++) {
     for (const int columns : {32, 48, 64}) {
       for (int parts = 1; parts <= max_parts; parts++) {
-        Spread s = {.tiles = tiles, .columns = columns, .parts = parts};
-        if (!complete(ctx, a, s)) continue;
-        if (best.columns == 0 || clocks_of(ctx, a, s) < clocks_of(ctx, a, best)) best = s;
+        for (int late = 0; late <= 2; late++) {
+          Spread s = {.tiles = tiles, .columns = columns, .parts = parts, .late = late};
+          if (!complete(ctx, a, s)) continue;
+          if (best.columns == 0 || clocks_of(ctx, a, s) < clocks_of(ctx, a, best)) best = s;
+        }
       }
     }
   }
@@ -376,7 +396,7 @@ void launch_spread(const Context& ctx, const FewLinear& a, const Spread& s) {
                         static_cast<int>(a.k),
                         a.swiglu ? static_cast<int>(n_out) : 0,
                         static_cast<int>(div_up(n_out, rows_out(s.tiles, a.swiglu))),
-                        s.steps,
+                        s.steps - s.late,
                         s.slots,
                         s.tail};
   const int64_t blocks = blocks_of(a, s);
