@@ -7,19 +7,23 @@
 //   warps     0 to 3 multiply, 4 to 7 add up squares and help to write, 8 copies
 //   overlap   all of a block's weights are copied before the kernel waits for the one before it; behind the wait are
 //             x, the products and the sums
-//   x         passes through a ring, from memory to the tensor cores as it is. A slot used again costs some 1,000
-//   clocks,
-//             so where x does not fit beside w, the last steps of w take the place of the first ones instead
+//   x         passes through a ring, from memory to the tensor cores as it is. To use a slot again costs some 1,000
+//             clocks, so where x does not fit beside w, the last steps of w take the place of the first ones instead
 //   norm      who writes x [m, d] also writes x times the norm's weight (one rounding) and the sums of squares of its
 //             tiles of 64 columns (a tree over 16 lanes), so a product only adds up d / 64 numbers a token, in order,
-//             and multiplies its sums by 1 / rms. Norming in every product, by warps 4 to 7 on what the ring held,
-//             took longer than the product: 10,850 clocks of gate and up behind the wait instead of NEWCLOCKS
+//             and multiplies its sums by 1 / rms. (Norming in every product, on what the ring held, and slow
+//             division in SwiGLU: gate and up of 96 tokens 10,850 clocks behind the wait instead of 6,750.)
 //   P > 1     a block sends each other one its part of the 8 s tokens that that one finishes, into memory that nothing
 //             else uses, as the registers hold it, and a barrier counts the bytes that have come; parts are added in
 //             their order
 //
-// Bytes: w once from memory, and once for each tile of tokens from L2; x once a block, which is why the
-// tokens are split: behind the wait an SM takes in some 45 bytes a clock.
+// Bytes: w once from memory, and once for each tile of tokens from L2; x once a block, which is why the tokens are
+// split: behind the wait an SM takes in some 30 bytes a clock.
+//
+// Step of the 64M model on an H100, keys 100 (us; before: norm, library, activation and attention one after another):
+// 33 tokens 158 (264), 48 168 (281), 64 181 (289), 96 208 (315), 128 239 (343). Slower: asking L2 for weights of later
+// products 2 to 4 %, each block beginning at another place of k 1 to 2 %, slots of 64 columns for all products 3 to
+// 6 %, parts exchanged with cluster barriers in place of counted bytes 1,500 clocks a launch.
 //
 // A row's bits depend on m alone, not on the other rows.
 #include <algorithm>
@@ -290,13 +294,14 @@ __global__ void __launch_bounds__(n_thread, 2) wide_kernel(const __grid_constant
       *reinterpret_cast<uint2*>(static_cast<bf16*>(a.y) + item_at(i)) = y;
     }
     if constexpr (kAdds) {
-      if (a.next.norm != nullptr) {  // 16 lanes hold the tile's 64 rows of a token
-        const float2 lo = unpack2<bf16>(y.x), hi = unpack2<bf16>(y.y);
-        const float s = warp_sum<16>(lo.x * lo.x + lo.y * lo.y + hi.x * hi.x + hi.y * hi.y);
-        if (lane % 16 == 0 && i < items) a.next.squares[row0 / 64 * a.m + first_token + token0 + i / per_token] = s;
+      if (a.next.norm != nullptr) {
         if (there)
           *reinterpret_cast<uint2*>(static_cast<bf16*>(a.next.scaled) + item_at(i)) =
               make_uint2(multiply2(y.x, next_norm.x), multiply2(y.y, next_norm.y));
+        // 16 lanes hold the tile's 64 rows of a token.
+        const float2 lo = unpack2<bf16>(y.x), hi = unpack2<bf16>(y.y);
+        const float s = warp_sum<16>(lo.x * lo.x + lo.y * lo.y + hi.x * hi.x + hi.y * hi.y);
+        if (lane % 16 == 0 && i < items) a.next.squares[row0 / 64 * a.m + first_token + token0 + i / per_token] = s;
       }
     }
   }
@@ -342,27 +347,33 @@ bool complete(const Context& ctx, const FewLinear& a, Spread& s) {
   return s.shared <= max_shared && blocks_of(a, s) <= (s.shared <= two_blocks ? 2 : 1) * int64_t{ctx.n_sm};
 }
 
-// An estimate of the clocks behind the wait for the kernel before: what arrives and what is multiplied pass together.
-double clocks_of(const Context& ctx, const FewLinear& a, const Spread& s) {
-  const int per_sm = blocks_of(a, s) > ctx.n_sm ? 2 : 1;
-  const double k = s.steps * block_k * per_sm, x = 2.0 * s.columns * k / 45;
-  const double products = s.tiles * k / 16 * std::max(16 + s.columns / 4, s.columns / 2);
+// What x costs that does not fit beside w: a slot used again, or weights that come late, in clocks.
+double clocks_again(const FewLinear& a, const Spread& s) {
   const int x_steps = s.steps * (block_k / slot_k(s.tiles, a.swiglu));
-  const double again = 1000.0 * (x_steps - s.slots) / s.slots + 150.0 * s.late;
-  const double weights = 2.0 * static_cast<double>(a.n * a.k * div_up(a.m, s.columns)) / 3700;  // from L2
-  return 800 + std::max(x, products) + again + 0.25 * weights + (s.parts > 1 ? 900 + 100 * s.parts : 0) +
-         s.columns * rows_staged(s.tiles, a.swiglu) / 16.0;
+  return 1000.0 * (x_steps - s.slots) / s.slots + 150.0 * s.late;
 }
 
+// Measured inside steps of the 64M model. Blocks of this kernel and the next, which take an SM each, should fit the GPU
+// together, or the next one's weights come late: `down` for 96 tokens in 2 parts of 48 columns (48 blocks) instead of 4
+// (96 blocks) 1.1 us a launch. So: 32 columns where that is few blocks; else as few tiles of tokens as there can be,
+// one tile of rows if that is one block an SM, else two; k in as few parts as fit.
 Spread spread_of(const Context& ctx, const FewLinear& a) {
   Spread best;
-  for (int tiles = 1; tiles <= 2; tiles++) {
-    for (const int columns : {32, 48, 64}) {
-      for (int parts = 1; parts <= max_parts; parts++) {
-        for (int late = 0; late <= 2; late++) {
-          Spread s = {.tiles = tiles, .columns = columns, .parts = parts, .late = late};
-          if (!complete(ctx, a, s)) continue;
-          if (best.columns == 0 || clocks_of(ctx, a, s) < clocks_of(ctx, a, best)) best = s;
+  const auto consider = [&](int columns, int tiles, int parts, int64_t most_blocks) {
+    for (int late = 0; late <= 2; late++) {
+      Spread s = {.tiles = tiles, .columns = columns, .parts = parts, .late = late};
+      if (!complete(ctx, a, s) || blocks_of(a, s) > most_blocks) continue;
+      if (best.columns == 0 || clocks_again(a, s) < clocks_again(a, best)) best = s;
+    }
+    return best.columns != 0;
+  };
+  if (consider(32, 1, 1, ctx.n_sm * 3 / 4) || consider(32, 1, 2, ctx.n_sm / 2)) return best;
+  const int fewest = div_up(a.m, div_up(a.m, 64)) <= 48 ? 48 : 64;
+  for (const int an_sm : {1, 2}) {
+    for (const int columns : {fewest, 64, 48, 32}) {
+      for (int tiles = 1; tiles <= 2; tiles++) {
+        for (int parts = 1; parts <= max_parts; parts++) {
+          if (consider(columns, tiles, parts, int64_t{an_sm} * ctx.n_sm)) return best;
         }
       }
     }
