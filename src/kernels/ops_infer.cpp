@@ -123,18 +123,18 @@ static bool holds_type(WeightFormat f, DType t) {
 }
 
 bool linear_few(const Device& dev, View y, View x, View norm, float eps, const InferMatrix& w, View residual,
-                bool swiglu, const InferMatrix* ahead) {
-  cuda::FewLinear a = {.y = y.data,
-                       .x = x.data,
-                       .w = w.data,
-                       .scales = w.format == WeightFormat::i8 ? w.scales : nullptr,
-                       .norm = norm.data,
-                       .residual = residual.data,
-                       .eps = eps,
-                       .swiglu = swiglu,
-                       .m = x.rows(),
-                       .n = w.n,
-                       .k = w.k};
+                bool swiglu) {
+  const cuda::FewLinear a = {.y = y.data,
+                             .x = x.data,
+                             .w = w.data,
+                             .scales = w.format == WeightFormat::i8 ? w.scales : nullptr,
+                             .norm = norm.data,
+                             .residual = residual.data,
+                             .eps = eps,
+                             .swiglu = swiglu,
+                             .m = x.rows(),
+                             .n = w.n,
+                             .k = w.k};
   if (!holds_type(w.format, x.dtype)) return false;
   const bool few = cuda::linear_few_fits(x.dtype, a) && cuda::linear_few_pays(a);
   if (!few && !cuda::linear_wide_fits(gpu(dev), x.dtype, a)) return false;
@@ -148,9 +148,61 @@ bool linear_few(const Device& dev, View y, View x, View norm, float eps, const I
     cuda::linear_few(gpu(dev), x.dtype, a);
     return true;
   }
-  if (ahead != nullptr && ahead->format == WeightFormat::bf16)
-    a.ahead = ahead->data, a.ahead_bytes = 2 * ahead->n * ahead->k;
   cuda::linear_wide(gpu(dev), x.dtype, a);
+  return true;
+}
+
+static cuda::ScaledRows scaled_of(const ScaledRows& a) {
+  return {.norm = a.norm.data, .scaled = a.scaled.data, .squares = static_cast<float*>(a.squares.data)};
+}
+
+static cuda::FewLinear product_of(const InferMatrix& w, int64_t m, bool swiglu = false) {
+  return {.w = w.data,
+          .scales = w.format == WeightFormat::i8 ? w.scales : nullptr,
+          .swiglu = swiglu,
+          .m = m,
+          .n = w.n,
+          .k = w.k};
+}
+
+static bool is_wide(const Device& dev, DType t, const cuda::FewLinear& a) {
+  return !(cuda::linear_few_fits(t, a) && cuda::linear_few_pays(a)) && cuda::linear_wide_fits(gpu(dev), t, a);
+}
+
+static void linear_wide(const Device& dev, View y, View x, const cuda::FewLinear& a) {
+  check_dense(y, a.m, a.swiglu ? a.n / 2 : a.n, "y");
+  check_dense(x, a.m, a.k, "x");
+  const double n = static_cast<double>(a.n), k = static_cast<double>(a.k);
+  const Zone zone(dev.profiler, "linear_wide", moved({x, y}) + 2 * n * k, 2 * static_cast<double>(a.m) * n * k);
+  cuda::linear_wide(gpu(dev), x.dtype, a);
+}
+
+bool linear_scaled_takes(const Device& dev, DType t, const InferModel& model, int64_t n_tok) {
+  if (model.n_expert > 0 || n_tok > most_scaled) return false;
+  const InferLayer& l = model.layers[0];
+  const auto takes = [&](const InferMatrix& w, bool swiglu = false) {
+    return holds_type(w.format, t) && is_wide(dev, t, product_of(w, n_tok, swiglu));
+  };
+  return takes(l.qkv) && takes(l.o) && takes(l.gate_up, true) && takes(l.down);
+}
+
+void embed_scaled(const Device& dev, View x, const ScaledRows& next, View table, const int32_t* ids) {
+  check_dense(x, x.rows(), table.cols(), "x");
+  const Zone zone(dev.profiler, "embed_scaled", 3 * moved({x}), 0);
+  cuda::embed_scaled(gpu(dev), x.data, scaled_of(next), table.data, ids, x.rows(), x.cols());
+}
+
+void linear_scaled_add(const Device& dev, View x, View y, const InferMatrix& w, const ScaledRows& next) {
+  cuda::FewLinear a = product_of(w, x.rows());
+  a.y = x.data, a.x = y.data, a.residual = x.data, a.next = scaled_of(next);
+  linear_wide(dev, x, y, a);
+}
+
+bool linear_scaled(const Device& dev, View y, const ScaledRows& x, float eps, const InferMatrix& w, bool swiglu) {
+  cuda::FewLinear a = product_of(w, x.scaled.rows(), swiglu);
+  a.y = y.data, a.x = x.scaled.data, a.eps = eps, a.squares = static_cast<const float*>(x.squares.data);
+  if (!holds_type(w.format, y.dtype) || !is_wide(dev, y.dtype, a)) return false;
+  linear_wide(dev, y, x.scaled, a);
   return true;
 }
 
@@ -198,7 +250,17 @@ bool attention_paged_rope(const Device&, View, const InferKv&, int64_t, const Pa
 }
 void quantize_i8(const Device&, const InferMatrix&, View) { no_gpu(); }
 void linear_i8(const Device&, View, View, const InferMatrix&, View) { no_gpu(); }
-bool linear_few(const Device&, View, View, View, float, const InferMatrix&, View, bool, const InferMatrix*) {
+bool linear_few(const Device&, View, View, View, float, const InferMatrix&, View, bool) {
+  no_gpu();
+  return false;
+}
+bool linear_scaled_takes(const Device&, DType, const InferModel&, int64_t) {
+  no_gpu();
+  return false;
+}
+void embed_scaled(const Device&, View, const ScaledRows&, View, const int32_t*) { no_gpu(); }
+void linear_scaled_add(const Device&, View, View, const InferMatrix&, const ScaledRows&) { no_gpu(); }
+bool linear_scaled(const Device&, View, const ScaledRows&, float, const InferMatrix&, bool) {
   no_gpu();
   return false;
 }

@@ -47,10 +47,24 @@ void quantize_i8(const Device& dev, const InferMatrix& to, View w);             
 void linear_i8(const Device& dev, View y, View x, const InferMatrix& w, View residual = {});  // y = x w^T (+ residual)
 // For the few tokens of a decode step, in one launch: y = norm(x) w^T (+ residual), or with swiglu (w: gate, then up
 // rows) silu(gate) * up. norm empty: x as it is. False where launches one after another are faster or the only way;
-// then nothing was done. ahead: weights that the product after the next will read, which may be drawn into the L2
-// cache.
+// then nothing was done.
 bool linear_few(const Device& dev, View y, View x, View norm, float eps, const InferMatrix& w, View residual = {},
-                bool swiglu = false, const InferMatrix* ahead = nullptr);
+                bool swiglu = false);
+
+// A step whose products cuda::linear_wide computes (33 to 128 tokens on a Hopper). Who writes the residual stream x
+// [n_tok, d_model] also writes what the product behind the next norm reads instead: `scaled` = x times the norm's
+// weight, and `squares` f32 [d_model / 64, n_tok], sums of squares of 64 columns of x.
+struct ScaledRows {
+  View norm, scaled, squares;
+};
+constexpr int64_t most_scaled = 128;                                                           // tokens of such a step
+bool linear_scaled_takes(const Device& dev, DType t, const InferModel& model, int64_t n_tok);  // all layers' products?
+void embed_scaled(const Device& dev, View x, const ScaledRows& next, View table, const int32_t* ids);
+// x = y w^T + x
+void linear_scaled_add(const Device& dev, View x, View y, const InferMatrix& w, const ScaledRows& next);
+// y = norm(x) w^T, with swiglu as in linear_few. False where this product is none of linear_wide's; nothing was done.
+bool linear_scaled(const Device& dev, View y, const ScaledRows& x, float eps, const InferMatrix& w,
+                   bool swiglu = false);
 
 // ids [n] drawn from logits [n, n_vocab], -1 where impossible.
 void sample_rows(const Device& dev, int32_t* ids, View logits, const RowSampling* params, const LogitEdit* edits,

@@ -1,5 +1,7 @@
 #include "model/paged_forward.h"
 
+#include <optional>
+
 #include "base/error.h"
 #include "model/moe.h"
 
@@ -12,6 +14,7 @@ PagedScratch::PagedScratch(const ModelConfig& c, int64_t max_out, int64_t gather
     logits = arena.take(dev.act, {max_out, c.vocab_size});
     k = arena.take(dev.act, {gather_rows, c.kv_width()});
     v = arena.take(dev.act, {gather_rows, c.kv_width()});
+    squares = arena.take(DType::f32, {(c.hidden_size + 63) / 64, ops::most_scaled});
   };
   Arena counter;
   plan(counter);
@@ -22,18 +25,25 @@ PagedScratch::PagedScratch(const ModelConfig& c, int64_t max_out, int64_t gather
 
 namespace {
 
-// ahead: see ops::linear_few.
-void product(const Device& dev, View y, View x, const InferMatrix& w, View residual = {},
-             const InferMatrix* ahead = nullptr) {
-  if (ops::linear_few(dev, y, x, View(), 0, w, residual, false, ahead)) return;
+using Scaled = std::optional<ops::ScaledRows>;  // none: other kernels than linear_scaled compute this step
+
+void product(const Device& dev, View y, View x, const InferMatrix& w, View residual = {}) {
+  if (ops::linear_few(dev, y, x, View(), 0, w, residual)) return;
   if (w.format == WeightFormat::i8) return ops::linear_i8(dev, y, x, w, residual);
   ops::linear_fwd(dev, y, x, View(const_cast<void*>(w.data), x.dtype, {w.n, w.k}), residual);
 }
 
-// y = norm(x) w^T; `normed` [rows of x] may receive norm(x).
+// x = y w^T + x
+void product_add(const Device& dev, View x, View y, const InferMatrix& w, const Scaled& next) {
+  if (next) return ops::linear_scaled_add(dev, x, y, w, *next);
+  product(dev, x, y, w, x);
+}
+
+// y = norm(x) w^T; `normed` [rows of x] may receive norm(x). scaled: of x.
 void norm_product(const Device& dev, View y, View normed, View x, View norm, float eps, const InferMatrix& w,
-                  const InferMatrix* ahead = nullptr) {
-  if (ops::linear_few(dev, y, x, norm, eps, w, {}, false, ahead)) return;
+                  const Scaled& scaled) {
+  if (scaled && ops::linear_scaled(dev, y, *scaled, eps, w)) return;
+  if (ops::linear_few(dev, y, x, norm, eps, w)) return;
   ops::rmsnorm_fwd(dev, normed, View(), x, norm, eps);
   product(dev, y, normed, w);
 }
@@ -79,13 +89,19 @@ void paged_forward(const Device& dev, const GpuWeights& weights, const InferKv& 
   LayerActs& a = acts.layers[0];
   const View x = a.x_in;
   const bool packed = b.prompts != nullptr && !b.gather;  // prompts attend to their own tokens alone
-  ops::embed_fwd(dev, x, model.weights.embed, b.ids);
+  // Who writes x leaves what the product behind the next norm reads, where all products of a layer can do so.
+  const bool wide = ops::linear_scaled_takes(dev, x.dtype, m, b.n_tok);
+  const auto scaled = [&](View norm) { return wide ? Scaled({norm, a.h_in, scratch.squares}) : Scaled(); };
+  if (wide) ops::embed_scaled(dev, x, *scaled(model.weights.layers[0].input_norm), model.weights.embed, b.ids);
+  else ops::embed_fwd(dev, x, model.weights.embed, b.ids);
   for (int64_t l = 0; l < c.num_hidden_layers; l++) {
     const LayerViews& w = model.weights.layers[static_cast<size_t>(l)];
     const InferLayer& matrices = m.layers[l];
-    const InferLayer* next = l + 1 < c.num_hidden_layers ? &m.layers[l + 1] : nullptr;
-    norm_product(dev, a.qkv, a.h_in, x, w.input_norm, c.rms_norm_eps, matrices.qkv,
-                 c.is_moe() ? nullptr : &matrices.gate_up);
+    const bool last = l + 1 == c.num_hidden_layers;
+    const Scaled next =
+        scaled(last ? model.weights.final_norm : model.weights.layers[static_cast<size_t>(l) + 1].input_norm);
+    const Scaled mid = scaled(w.post_norm);
+    norm_product(dev, a.qkv, a.h_in, x, w.input_norm, c.rms_norm_eps, matrices.qkv, scaled(w.input_norm));
     const ops::NormRope rope = {.q_weight = w.q_norm,
                                 .k_weight = w.k_norm,
                                 .cos = m.cos,
@@ -113,10 +129,14 @@ void paged_forward(const Device& dev, const GpuWeights& weights, const InferKv& 
         ops::attention_paged(dev, a.attn.row_slice(0, b.n_decode), a.q.row_slice(0, b.n_decode), kv, l, rows);
     }
     if (b.prompts != nullptr) prompt_attention(dev, c, m, kv, l, b, a, scratch);
-    product(dev, x, a.attn, matrices.o, x, c.is_moe() ? nullptr : &matrices.down);
-    if (!c.is_moe() && ops::linear_few(dev, a.act, x, w.post_norm, c.rms_norm_eps, matrices.gate_up, {}, true,
-                                       next != nullptr ? &next->qkv : &m.head)) {
-      product(dev, x, a.act, matrices.down, x, next != nullptr ? &next->o : nullptr);
+    product_add(dev, x, a.attn, matrices.o, mid);
+    if (mid) {
+      ops::linear_scaled(dev, a.act, *mid, c.rms_norm_eps, matrices.gate_up, true);
+      product_add(dev, x, a.act, matrices.down, next);
+      continue;
+    }
+    if (!c.is_moe() && ops::linear_few(dev, a.act, x, w.post_norm, c.rms_norm_eps, matrices.gate_up, {}, true)) {
+      product(dev, x, a.act, matrices.down, x);
       continue;
     }
     ops::rmsnorm_fwd(dev, a.h_mid, View(), x, w.post_norm, c.rms_norm_eps);
@@ -140,7 +160,8 @@ void paged_forward(const Device& dev, const GpuWeights& weights, const InferKv& 
   }
   if (!hidden_only) {
     const View logits = scratch.logits.row_slice(0, b.n_out);
-    return norm_product(dev, logits, normed, last, model.weights.final_norm, c.rms_norm_eps, m.head);
+    return norm_product(dev, logits, normed, last, model.weights.final_norm, c.rms_norm_eps, m.head,
+                        b.out_rows == nullptr ? scaled(model.weights.final_norm) : Scaled());
   }
   ops::rmsnorm_fwd(dev, normed, View(), last, model.weights.final_norm, c.rms_norm_eps);
 }

@@ -33,6 +33,7 @@ struct PagedScratch {
   PagedScratch(const ModelConfig& config, int64_t max_out, int64_t gather_rows, const Device& dev);
   View hidden, normed, logits;  // [max_out, d_model] twice, [max_out, n_vocab]
   View k, v;                    // [gather_rows, n_kv_head d_head]
+  View squares;                 // f32 [ceil(d_model / 64), ops::most_scaled]
   Buffer buffer;
 };
 

@@ -51,6 +51,13 @@ __device__ __forceinline__ uint32_t pack2(float lo, float hi) {
   }
 }
 
+// Of two pairs, each rounded once.
+__device__ __forceinline__ uint32_t multiply2(uint32_t a, uint32_t b) {
+  const __nv_bfloat162 y =
+      __hmul2(*reinterpret_cast<const __nv_bfloat162*>(&a), *reinterpret_cast<const __nv_bfloat162*>(&b));
+  return *reinterpret_cast<const uint32_t*>(&y);
+}
+
 // --- several elements at once -------------------------------------------------------------------------------------
 template <class T>
 constexpr int per_16_bytes = 16 / static_cast<int>(sizeof(T));

@@ -21,7 +21,8 @@
 // difference: 2 or 8 columns a thread, tiles of 16 or 64 positions.
 #include <cub/block/block_radix_sort.cuh>
 
-#include "kernels/cuda/device_math.cuh"
+#include "kernels/cuda/infer_kernels.h"
+#include "kernels/cuda/launch.cuh"
 
 namespace mm::cuda {
 namespace {
@@ -37,6 +38,32 @@ __global__ void __launch_bounds__(256) fwd_kernel(T* out, const T* table, const 
     Raw<T, V> r = {};
     if (id >= 0) r.load(table + id * d + c);
     r.store(out + row * d + c);
+  }
+}
+
+// A block a row, 8 lanes 64 columns of it.
+__global__ void __launch_bounds__(256)
+    scaled_kernel(bf16* out, ScaledRows next, const bf16* table, const int32_t* ids, int64_t d) {
+  const int64_t row = blockIdx.x;
+  let_next_begin();
+  wait_for_previous();
+  const int32_t id = ids[row];
+  for (int64_t first = 0; first < d; first += int64_t{blockDim.x} * 8) {
+    const int64_t c = first + threadIdx.x * 8;
+    uint4 x = {}, norm = {};
+    if (c < d && id >= 0) x = __ldg(reinterpret_cast<const uint4*>(table + id * d + c));
+    if (c < d) norm = __ldg(reinterpret_cast<const uint4*>(static_cast<const bf16*>(next.norm) + c));
+    float s = 0.0f;
+    for (const uint32_t u : {x.x, x.y, x.z, x.w}) {
+      const float2 f = unpack2<bf16>(u);
+      s += f.x * f.x + f.y * f.y;
+    }
+    s = warp_sum<8>(s);
+    if (c >= d) continue;
+    if (threadIdx.x % 8 == 0) next.squares[c / 64 * gridDim.x + row] = s;
+    *reinterpret_cast<uint4*>(out + row * d + c) = x;
+    *reinterpret_cast<uint4*>(static_cast<bf16*>(next.scaled) + row * d + c) =
+        make_uint4(multiply2(x.x, norm.x), multiply2(x.y, norm.y), multiply2(x.z, norm.z), multiply2(x.w, norm.w));
   }
 }
 
@@ -239,6 +266,14 @@ void embed_fwd(const Context& ctx, DType t, void* out, const void* table, const 
     else fwd_kernel<T, 1><<<blocks, warps * 32, 0, ctx.stream>>>(y, x, ids, n, d);
   });
   MM_CUDA_LAUNCHED();
+}
+
+void embed_scaled(const Context& ctx, void* out, const ScaledRows& next, const void* table, const int32_t* ids,
+                  int64_t m, int64_t d) {
+  if (m == 0 || d == 0) return;
+  const auto threads = static_cast<unsigned>(std::min<int64_t>(256, div_up(d, 256) * 32));
+  launch_overlapped(ctx, scaled_kernel, dim3(static_cast<unsigned>(m)), threads, 0, 1, static_cast<bf16*>(out), next,
+                    static_cast<const bf16*>(table), ids, d);
 }
 
 void embed_bwd(const Context& ctx, DType t, float* dtable, const void* dout, const int32_t* ids, int64_t n, int64_t d,

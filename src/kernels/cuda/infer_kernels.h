@@ -64,6 +64,18 @@ void quantize_i8(const Context& ctx, int8_t* data, void* scales, const float* w,
 void linear_i8(const Context& ctx, DType t, void* y, const void* x, const int8_t* data, const void* scales,
                const void* residual, int64_t m, int64_t n, int64_t k);
 
+// What the product behind an RMSNorm reads in place of x [m, d] bf16, where linear_wide computes it; written by who
+// writes x: embed_scaled, or the product whose y it is.
+struct ScaledRows {
+  const void* norm = nullptr;  // [d] the norm's weight; null: none is wanted
+  void* scaled = nullptr;      // [m, d] x times it, rounded
+  float* squares = nullptr;    // [d / 64, m] sums of the squares of 64 columns of x
+};
+// out = rows ids[t] of the table [.., d] (zeros where ids are negative), and `next` of them (embed.cu); d a multiple of
+// 64, addresses aligned to 16 bytes.
+void embed_scaled(const Context& ctx, void* out, const ScaledRows& next, const void* table, const int32_t* ids,
+                  int64_t m, int64_t d);
+
 // Products of few tokens with what stands around them, in one launch (linear_few.cu): y = f(norm(x) w^T) + residual,
 // bf16 or f16. Right for any m, made for up to 256.
 struct FewLinear {
@@ -74,10 +86,11 @@ struct FewLinear {
   const void* norm = nullptr;      // [k] T: x is normalized by its root mean square and multiplied by this; null: not
   const void* residual = nullptr;  // as y, may be y
   float eps = 1e-6f;
-  bool swiglu = false;          // f = silu(first half) * second half
-  const void* ahead = nullptr;  // linear_wide: what a kernel behind it will read, no kernel of the step writes
-  int64_t ahead_bytes = 0;      // and so may be drawn into the L2 cache; multiples of 16
+  bool swiglu = false;  // f = silu(first half) * second half
   int64_t m = 0, n = 0, k = 0;
+  // linear_wide alone, which takes no `norm`:
+  const float* squares = nullptr;  // [k / 64, m]: x is a `scaled`, and the products are multiplied by 1 / rms
+  ScaledRows next;                 // of y, without swiglu
 };
 bool linear_few_fits(DType t, const FewLinear& a);  // k a multiple of 32, rows aligned to 16 bytes
 // Is it faster than a norm, a product by the library and what follows, launched one after another (weights of type T)?

@@ -1,19 +1,29 @@
-// y [m, n] = f(norm(x) [m, k] w^T) (+ residual) in bf16 for the 33 to 128 tokens of a decode step on a Hopper (TMA,
-// wgmma), with the RMSNorm before and the SwiGLU or the residual behind in the same launch:
+// y [m, n] = f(x [m, k] w^T / rms) (+ residual) in bf16 for the 33 to 128 tokens of a decode step on a Hopper (TMA,
+// wgmma), with what is left of the RMSNorm before, and the SwiGLU or the residual behind, in the same launch:
 //
 //   tile      kTiles times 64 weight rows, the rows of wgmma m64nNk16 (with SwiGLU half of them of the gate, half of
 //             `up`), and N tokens, its columns; those behind the last arrive as zeros
 //   k         all of it in one block where w's tile fits its shared memory, else split over the P blocks of a cluster
-//   warps     0 to 3 multiply, 4 to 7 norm, 8 copies
-//   overlap   all of a block's weights are copied before the kernel waits for the one before it, and the weights that
-//             a later kernel will want are drawn into the L2 cache; behind the wait are x, the products and the sums
-//   x         passes through a ring. With a norm, warps 4 to 7 multiply what has arrived by the norm's weight (one
-//             rounding) and gather its squares; the products' sums are multiplied by 1 / rms at the end
+//   warps     0 to 3 multiply, 4 to 7 add up squares and help to write, 8 copies
+//   overlap   all of a block's weights are copied before the kernel waits for the one before it; behind the wait are
+//             x, the products and the sums
+//   x         passes through a ring, from memory to the tensor cores as it is. To use a slot again costs some 1,000
+//             clocks, so where x does not fit beside w, the last steps of w take the place of the first ones instead
+//   norm      who writes x [m, d] also writes x times the norm's weight (one rounding) and the sums of squares of its
+//             tiles of 64 columns (a tree over 16 lanes), so a product only adds up d / 64 numbers a token, in order,
+//             and multiplies its sums by 1 / rms. (Norming in every product, on what the ring held, and slow
+//             division in SwiGLU: gate and up of 96 tokens 10,850 clocks behind the wait instead of 6,750.)
 //   P > 1     a block sends each other one its part of the 8 s tokens that that one finishes, into memory that nothing
-//             else uses, as the registers hold it; parts are added in their order
+//             else uses, as the registers hold it, and a barrier counts the bytes that have come; parts are added in
+//             their order
 //
-// Bytes: w once from memory, and once for each tile of tokens from L2, ahead of time; x once a block, which is why the
-// tokens are split: behind the wait an SM takes in some 45 bytes a clock.
+// Bytes: w once from memory, and once for each tile of tokens from L2; x once a block, which is why the tokens are
+// split: behind the wait an SM takes in some 30 bytes a clock.
+//
+// Step of the 64M model on an H100, keys 100 (us; before: norm, library, activation and attention one after another):
+// 33 tokens 158 (264), 48 168 (281), 64 181 (289), 96 208 (315), 128 239 (343). Slower: asking L2 for weights of later
+// products 2 to 4 %, each block beginning at another place of k 1 to 2 %, slots of 64 columns for all products 3 to
+// 6 %, parts exchanged with cluster barriers in place of counted bytes 1,500 clocks a launch.
 //
 // A row's bits depend on m alone, not on the other rows.
 #include <algorithm>
@@ -45,24 +55,25 @@ __host__ __device__ constexpr int sent_bytes(int columns, int parts) {
   return (parts - 1) * groups_of(columns, parts) * 128 * 16;
 }
 constexpr int barrier_bytes = 512, factor_bytes = max_tokens / 2 * 4;
-static_assert((max_steps + 3 * max_slots) * 8 <= barrier_bytes);
+static_assert((max_steps + 2 * max_slots + 1) * 8 <= barrier_bytes);
 
 // How a product is spread over the GPU; columns 0: it does not fit.
 struct Spread {
   int tiles = 1, columns = 0, parts = 1, slots = 0;
   int steps = 0;  // of block_k, the most of a block
+  int late = 0;   // of them, weights that take the place of the first ones
   int tail = 0, shared = 0;
 };
 
 struct WideParams {
   CUtensorMap w, x;  // [k / 64][rows][64]
   void* y;
-  const void *residual, *norm;
-  const char* ahead;
-  int64_t ahead_bytes;
+  const void* residual;
+  const float* squares;
+  ScaledRows next;
   float eps;
   int m, n_out, k, up, row_tiles;  // up: rows from a gate's to its up; 0: no SwiGLU
-  int steps, slots, tail;
+  int resident, slots, tail;       // steps of w that have a place of their own
 };
 
 // Blocks: P parts of k, then tiles of rows, then of tokens.
@@ -70,7 +81,8 @@ template <int kTiles, int N, int P, bool kSwiglu>
 __global__ void __launch_bounds__(n_thread, 2) wide_kernel(const __grid_constant__ WideParams a) {
 #if defined(MM_SM90A)
   using namespace hopper;
-  constexpr int copy_warp = 8, n_finish = 256;  // threads that write the output
+  constexpr int copy_warp = 8, n_finish = 256;     // threads that write the output
+  constexpr bool kAdds = kTiles == 1 && !kSwiglu;  // the residual; and is followed by a norm
   constexpr int x_k = slot_k(kTiles, kSwiglu), x_slot = slot_bytes(kTiles, kSwiglu, N), groups = N / 8,
                 halves = x_k / 64;
   constexpr int out_rows = rows_out(kTiles, kSwiglu),
@@ -78,72 +90,67 @@ __global__ void __launch_bounds__(n_thread, 2) wide_kernel(const __grid_constant
   constexpr bool mixed = kSwiglu && kTiles == 1;            // a tile of 32 rows of the gate and 32 of `up`
   static_assert(P == 1 || kTiles == 1);
   extern __shared__ __align__(1024) unsigned char memory[];
-  unsigned char *const w_at = memory, *const x_at = memory + a.steps * kTiles * w_tile, *const tail = memory + a.tail;
+  unsigned char *const w_at = memory, *const x_at = memory + a.resident * kTiles * w_tile,
+                       *const tail = memory + a.tail;
   uint64_t *const w_full = reinterpret_cast<uint64_t*>(tail), *const x_full = w_full + max_steps,
-                  *const x_ready = x_full + max_slots, *const x_empty = x_ready + max_slots;
+                  *const x_empty = x_full + max_slots, *const sent_full = x_empty + max_slots;
   float* const factor = reinterpret_cast<float*>(tail + barrier_bytes);
   unsigned char* const sent = tail + barrier_bytes + factor_bytes;
-  unsigned char* const norm = sent + sent_bytes(N, P);
   const int thread = static_cast<int>(threadIdx.x), warp = uniform(thread / 32), lane = thread % 32;
   const int part = static_cast<int>(blockIdx.x) % P, tile = static_cast<int>(blockIdx.x) / P;
   const int row0 = tile % a.row_tiles * out_rows, first_token = tile / a.row_tiles * N;
   const int tokens = min(N, a.m - first_token);
   const int all_steps = (a.k + block_k - 1) / block_k, begin = all_steps * part / P,
             steps = all_steps * (part + 1) / P - begin, x_steps = steps * (block_k / x_k);
+  const int late = max(steps - a.resident, 0), freed = max(x_steps - a.slots, late * (block_k / x_k));
+  // This block's share of the output: groups of 8 tokens, in items of 4 neighbouring rows.
+  constexpr int per_token = out_rows / 4, chunks = (groups_of(N, P) * 8 * per_token + n_finish - 1) / n_finish;
+  const int group0 = groups * part / P, share = groups * (part + 1) / P - group0, token0 = group0 * 8;
+  const auto load_weights = [&](int i, int place) {
+    mbarrier_arrive_expect(&w_full[i], kTiles * w_tile);
+    if constexpr (mixed) {
+#pragma unroll
+      for (int t = 0; t < 4; t++)
+        tma_load_3d(w_at + place * w_tile + t * (w_tile / 4), &a.w, &w_full[i], 0, row0 + t % 2 * a.up,
+                    (begin + i) * 2 + t / 2);
+    } else {
+#pragma unroll
+      for (int t = 0; t < kTiles; t++)
+        tma_load_3d(w_at + (place * kTiles + t) * w_tile, &a.w, &w_full[i], 0, row0 + t * (kSwiglu ? a.up : tile_rows),
+                    (begin + i) * 2);
+    }
+  };
   if (warp == copy_warp) {
     if (elect_one()) {
       for (int i = 0; i < steps; i++) mbarrier_init(&w_full[i], 1);
-      for (int i = 0; i < a.slots; i++)
-        mbarrier_init(&x_full[i], 1), mbarrier_init(&x_ready[i], 4), mbarrier_init(&x_empty[i], 4);
-      mbarrier_init_fence();
-      for (int i = 0; i < steps; i++) {
-        mbarrier_arrive_expect(&w_full[i], kTiles * w_tile);
-        if constexpr (mixed) {
-#pragma unroll
-          for (int t = 0; t < 4; t++)
-            tma_load_3d(w_at + i * w_tile + t * (w_tile / 4), &a.w, &w_full[i], 0, row0 + t % 2 * a.up,
-                        (begin + i) * 2 + t / 2);
-        } else {
-#pragma unroll
-          for (int t = 0; t < kTiles; t++)
-            tma_load_3d(w_at + (i * kTiles + t) * w_tile, &a.w, &w_full[i], 0, row0 + t * (kSwiglu ? a.up : tile_rows),
-                        (begin + i) * 2);
-        }
+      for (int i = 0; i < a.slots; i++) mbarrier_init(&x_full[i], 1), mbarrier_init(&x_empty[i], 4);
+      if constexpr (P > 1) {
+        mbarrier_init(sent_full, 1);
+        mbarrier_arrive_expect(sent_full, (P - 1) * share * 128 * 16);
       }
+      mbarrier_init_fence();
+      for (int i = 0; i < steps - late; i++) load_weights(i, i);
       prefetch_tensor_map(&a.x);
     }
     __syncwarp();
-  } else if (warp >= 4 && a.norm != nullptr) {
-    for (int c = thread - 128; c < steps * (block_k / 8); c += 128) {
-      const int at = begin * block_k + c * 8;
-      reinterpret_cast<uint4*>(norm)[c] =
-          at < a.k ? __ldg(reinterpret_cast<const uint4*>(static_cast<const bf16*>(a.norm) + at)) : uint4{};
-    }
   }
   __syncthreads();
   let_next_begin();
   if constexpr (P > 1) cluster_arrive();
-  if (warp == copy_warp) {
-    const int64_t run = (a.ahead_bytes + gridDim.x * 128 - 1) / (gridDim.x * 128) * 128, first = blockIdx.x * run,
-                  end = min(first + run, a.ahead_bytes);
-    if (elect_one()) {
-      for (int64_t at = first; at < end; at += 16384)
-        prefetch_l2(a.ahead + at, static_cast<uint32_t>(min(int64_t{16384}, end - at)));
-    }
-    __syncwarp();
-  }
-  wait_for_previous();
-
-  // This block's share of the output: groups of 8 tokens, in items of 4 neighbouring rows.
-  constexpr int per_token = out_rows / 4, chunks = (groups_of(N, P) * 8 * per_token + n_finish - 1) / n_finish;
-  const int group0 = groups * part / P, share = groups * (part + 1) / P - group0, token0 = group0 * 8;
   const int items = max(min(share * 8, tokens - token0), 0) * per_token;
   const auto is_item = [&](int i) { return i < items && row0 + i % per_token * 4 < a.n_out; };
   const auto item_at = [&](int i) {
     return static_cast<int64_t>(first_token + token0 + i / per_token) * a.n_out + row0 + i % per_token * 4;
   };
+  uint2 next_norm = {};  // of an item's rows
+  if constexpr (kAdds) {
+    if (const int row = row0 + thread % per_token * 4; a.next.norm != nullptr && warp < copy_warp && row < a.n_out)
+      next_norm = __ldg(reinterpret_cast<const uint2*>(static_cast<const bf16*>(a.next.norm) + row));
+  }
+  wait_for_previous();
+
   uint2 add[chunks] = {};
-  if constexpr (kTiles == 1 && !kSwiglu) {
+  if constexpr (kAdds) {
     if (a.residual != nullptr && warp < copy_warp) {
 #pragma unroll
       for (int c = 0; c < chunks; c++) {
@@ -156,87 +163,52 @@ __global__ void __launch_bounds__(n_thread, 2) wide_kernel(const __grid_constant
   float d[kTiles][N / 2];
   if (warp == copy_warp) {
     if (elect_one()) {
-      for (int i = 0, slot = 0, phase = 0; i < x_steps; i++) {
+      for (int i = 0, slot = 0, phase = 0; i < a.slots + freed; i++) {
         if (i >= a.slots) mbarrier_wait(&x_empty[slot], phase ^ 1);
-        mbarrier_arrive_expect(&x_full[slot], x_slot);
-        tma_load_3d(x_at + slot * x_slot, &a.x, &x_full[slot], 0, first_token, begin * 2 + i * halves);
+        if (i < x_steps) {
+          mbarrier_arrive_expect(&x_full[slot], x_slot);
+          tma_load_3d(x_at + slot * x_slot, &a.x, &x_full[slot], 0, first_token, begin * 2 + i * halves);
+        }
+        // All of a step's x have been multiplied, so its weights are not wanted any more.
+        const int done = i - a.slots + 1, place = done / (block_k / x_k) - 1;
+        if (done > 0 && done % (block_k / x_k) == 0 && place < late) load_weights(a.resident + place, place);
         if (++slot == a.slots) slot = 0, phase ^= 1;
       }
     }
     __syncwarp();
   } else if (warp >= 4) {
-    if (a.norm != nullptr) {
-      const auto multiply = [](uint32_t u, uint32_t v) {
-        const __nv_bfloat162 y =
-            __hmul2(*reinterpret_cast<const __nv_bfloat162*>(&u), *reinterpret_cast<const __nv_bfloat162*>(&v));
-        return *reinterpret_cast<const uint32_t*>(&y);
-      };
-      // A thread's chunks of 16 bytes lie in rows that are equal modulo 8, so they are the same columns of 64.
-      const int t = thread - 128, column = (t ^ t / 8) & 7;
-      float s[N / 16] = {};
-      for (int i = 0, slot = 0, phase = 0; i < x_steps; i++) {
-        uint4 by[halves];
+    if (const int t = thread - 128; a.squares != nullptr && t < N) {
+      constexpr int together = 16;  // loads under way
+      float sum = 0.0f;
+      for (int first = 0; first < a.k / 64; first += together) {
+        float s[together];
 #pragma unroll
-        for (int h = 0; h < halves; h++) by[h] = reinterpret_cast<const uint4*>(norm)[(i * halves + h) * 8 + column];
-        mbarrier_wait(&x_full[slot], phase);
-        uint4* const at = reinterpret_cast<uint4*>(x_at + slot * x_slot) + t;
-        uint4 v[halves][N / 16];
+        for (int i = 0; i < together; i++)
+          s[i] = t < tokens && first + i < a.k / 64 ? a.squares[(first + i) * a.m + first_token + t] : 0.0f;
 #pragma unroll
-        for (int h = 0; h < halves; h++) {
-#pragma unroll
-          for (int r = 0; r < N / 16; r++) v[h][r] = at[(h * (N / 16) + r) * 128];
-        }
-#pragma unroll
-        for (int h = 0; h < halves; h++) {
-#pragma unroll
-          for (int r = 0; r < N / 16; r++) {
-            const uint4 x = v[h][r], b = by[h];
-            at[(h * (N / 16) + r) * 128] =
-                make_uint4(multiply(x.x, b.x), multiply(x.y, b.y), multiply(x.z, b.z), multiply(x.w, b.w));
-          }
-        }
-        fence_async_proxy();
-        __syncwarp();
-        if (lane == 0) mbarrier_arrive(&x_ready[slot]);
-#pragma unroll
-        for (int h = 0; h < halves; h++) {
-#pragma unroll
-          for (int r = 0; r < N / 16; r++) {
-            const uint32_t words[4] = {v[h][r].x, v[h][r].y, v[h][r].z, v[h][r].w};
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-              const float2 f = unpack2<bf16>(words[e]);
-              s[r] += f.x * f.x + f.y * f.y;
-            }
-          }
-        }
-        if (++slot == a.slots) slot = 0, phase ^= 1;
+        for (int i = 0; i < together; i++) sum += s[i];
       }
-#pragma unroll
-      for (int r = 0; r < N / 16; r++) {
-        const float all = warp_sum<8>(s[r]);
-        if (t % 8 == 0) factor[16 * r + t / 8] = rsqrtf(all / static_cast<float>(a.k) + a.eps);
-      }
+      factor[t] = rsqrtf(sum / static_cast<float>(a.k) + a.eps);
     }
   } else {
     const uint64_t w_desc = wgmma_descriptor<128>(smem_address(w_at), 0, 1024),
                    x_desc = wgmma_descriptor<128>(smem_address(x_at), 0, 1024);
-    uint64_t* const x_there = a.norm != nullptr ? x_ready : x_full;
     for (int i = 0, slot = 0, phase = 0; i < x_steps; i++) {
       const int w_step = i * x_k / block_k, w_half = i * x_k % block_k / 64;
+      const int w_place = w_step < a.resident ? w_step : w_step - a.resident;
       if (w_half == 0) mbarrier_wait(&w_full[w_step], 0);
-      mbarrier_wait(&x_there[slot], phase);
+      mbarrier_wait(&x_full[slot], phase);
       wgmma_fence();
 #pragma unroll
       for (int t = 0; t < kTiles; t++) {
 #pragma unroll
         for (int j = 0; j < x_k / 16; j++)
           wgmma_ss<__nv_bfloat16, N>(
-              d[t], w_desc + (w_step * kTiles + t) * (w_tile / 16) + (w_half + j / 4) * (w_tile / 32) + 2 * (j % 4),
+              d[t], w_desc + (w_place * kTiles + t) * (w_tile / 16) + (w_half + j / 4) * (w_tile / 32) + 2 * (j % 4),
               x_desc + slot * (x_slot / 16) + j / 4 * (N * 8) + 2 * (j % 4), i > 0 || j > 0);
       }
       wgmma_commit();
-      if (i > 0 && i - 1 + a.slots < x_steps) {  // the slot before this one is wanted again
+      if (i > 0 && i <= freed) {  // the slot before this one is wanted again, or its weights' place
         wgmma_wait<1>();
         if (lane == 0) mbarrier_arrive(&x_empty[slot == 0 ? a.slots - 1 : slot - 1]);
       }
@@ -248,7 +220,7 @@ __global__ void __launch_bounds__(n_thread, 2) wide_kernel(const __grid_constant
   }
   __syncthreads();  // w and x have been read, factors are known
 
-  const auto silu = [](float z) { return z / (1.0f + __expf(-z)); };
+  const auto silu = [](float z) { return __fdividef(z, 1.0f + __expf(-z)); };
   // d[t][i]: row 16 warp + lane / 4 + 8 (i / 2 % 2) of tile t, token 8 (i / 4) + 2 (lane % 4) + i % 2.
   float* const sums = reinterpret_cast<float*>(memory);  // [token][padded]
   if constexpr (P > 1) {
@@ -260,13 +232,12 @@ __global__ void __launch_bounds__(n_thread, 2) wide_kernel(const __grid_constant
         int to = 0;
         while (groups * (to + 1) / P <= g) to++;
         if (to != part)
-          cluster_store(smem_address(at(part < to ? part : part - 1, g - groups * to / P)), to,
-                        make_float4(d[0][4 * g], d[0][4 * g + 1], d[0][4 * g + 2], d[0][4 * g + 3]));
+          cluster_send(smem_address(at(part < to ? part : part - 1, g - groups * to / P)), smem_address(sent_full), to,
+                       make_float4(d[0][4 * g], d[0][4 * g + 1], d[0][4 * g + 2], d[0][4 * g + 3]));
       }
     }
-    cluster_arrive();
-    cluster_wait();
     if (warp < 4) {
+      mbarrier_wait(sent_full, 0);
 #pragma unroll
       for (int g = 0; g < groups; g++) {
         if (g < group0 || g >= group0 + share) continue;
@@ -285,7 +256,8 @@ __global__ void __launch_bounds__(n_thread, 2) wide_kernel(const __grid_constant
 #pragma unroll
     for (int g = 0; g < groups; g++) {
       const int token = 8 * g + 2 * (lane % 4);
-      const float2 r = a.norm != nullptr ? *reinterpret_cast<const float2*>(factor + token) : make_float2(1.0f, 1.0f);
+      const float2 r =
+          a.squares != nullptr ? *reinterpret_cast<const float2*>(factor + token) : make_float2(1.0f, 1.0f);
 #pragma unroll
       for (int t = 0; t < rows_staged(kTiles, kSwiglu) / tile_rows; t++) {
 #pragma unroll
@@ -303,21 +275,35 @@ __global__ void __launch_bounds__(n_thread, 2) wide_kernel(const __grid_constant
 #pragma unroll
   for (int c = 0; c < chunks; c++) {
     const int i = thread + c * n_finish;
-    if (!is_item(i)) continue;
-    const float* from = sums + i / per_token * padded + i % per_token * 4;
-    float4 out = *reinterpret_cast<const float4*>(from);
-    if constexpr (mixed) {
-      const float4 by = *reinterpret_cast<const float4*>(from + tile_rows / 2);
-      out = make_float4(silu(out.x) * by.x, silu(out.y) * by.y, silu(out.z) * by.z, silu(out.w) * by.w);
+    const bool there = is_item(i);
+    uint2 y = {};
+    if (there) {
+      const float* from = sums + i / per_token * padded + i % per_token * 4;
+      float4 out = *reinterpret_cast<const float4*>(from);
+      if constexpr (mixed) {
+        const float4 by = *reinterpret_cast<const float4*>(from + tile_rows / 2);
+        out = make_float4(silu(out.x) * by.x, silu(out.y) * by.y, silu(out.z) * by.z, silu(out.w) * by.w);
+      }
+      if constexpr (kAdds) {
+        if (a.residual != nullptr) {
+          const float2 lo = unpack2<bf16>(add[c].x), hi = unpack2<bf16>(add[c].y);
+          out = make_float4(out.x + lo.x, out.y + lo.y, out.z + hi.x, out.w + hi.y);
+        }
+      }
+      y = make_uint2(pack2<bf16>(out.x, out.y), pack2<bf16>(out.z, out.w));
+      *reinterpret_cast<uint2*>(static_cast<bf16*>(a.y) + item_at(i)) = y;
     }
-    if constexpr (kTiles == 1 && !kSwiglu) {
-      if (a.residual != nullptr) {
-        const float2 lo = unpack2<bf16>(add[c].x), hi = unpack2<bf16>(add[c].y);
-        out = make_float4(out.x + lo.x, out.y + lo.y, out.z + hi.x, out.w + hi.y);
+    if constexpr (kAdds) {
+      if (a.next.norm != nullptr) {
+        if (there)
+          *reinterpret_cast<uint2*>(static_cast<bf16*>(a.next.scaled) + item_at(i)) =
+              make_uint2(multiply2(y.x, next_norm.x), multiply2(y.y, next_norm.y));
+        // 16 lanes hold the tile's 64 rows of a token.
+        const float2 lo = unpack2<bf16>(y.x), hi = unpack2<bf16>(y.y);
+        const float s = warp_sum<16>(lo.x * lo.x + lo.y * lo.y + hi.x * hi.x + hi.y * hi.y);
+        if (lane % 16 == 0 && i < items) a.next.squares[row0 / 64 * a.m + first_token + token0 + i / per_token] = s;
       }
     }
-    *reinterpret_cast<uint2*>(static_cast<bf16*>(a.y) + item_at(i)) =
-        make_uint2(pack2<bf16>(out.x, out.y), pack2<bf16>(out.z, out.w));
   }
 #endif
 }
@@ -342,16 +328,17 @@ int64_t blocks_of(const FewLinear& a, const Spread& s) {
 
 // Completes a spread of which tiles, columns, parts and, if not 0, slots are given; false: it does not fit one wave.
 bool complete(const Context& ctx, const FewLinear& a, Spread& s) {
-  if ((s.tiles == 2 || a.swiglu) && (a.residual != nullptr || s.parts > 1 || s.columns == 16)) return false;
+  if ((s.tiles == 2 || a.swiglu) && (a.residual != nullptr || a.next.norm != nullptr || s.parts > 1 || s.columns == 16))
+    return false;
   if (s.columns == 16 && s.parts > 2) return false;
-  if (s.parts > 1 && a.norm != nullptr) return false;
+  if (s.parts > 1 && a.squares != nullptr) return false;
   const int64_t all = div_up(a.k, block_k);
   if (all < s.parts || div_up(all, s.parts) > max_steps) return false;
   s.steps = static_cast<int>(div_up(all, s.parts));
+  if (s.late > 0 && s.steps - s.late < std::max(2, s.late)) return false;  // their places are free in time
   const int slot = slot_bytes(s.tiles, a.swiglu, s.columns);
-  const int fixed = barrier_bytes + factor_bytes + sent_bytes(s.columns, s.parts) +
-                    (a.norm != nullptr ? s.steps * block_k * 2 : 0),
-            w = s.steps * s.tiles * w_tile, wanted = s.steps * (block_k / slot_k(s.tiles, a.swiglu));
+  const int fixed = barrier_bytes + factor_bytes + sent_bytes(s.columns, s.parts),
+            w = (s.steps - s.late) * s.tiles * w_tile, wanted = s.steps * (block_k / slot_k(s.tiles, a.swiglu));
   const int room = std::min((max_shared - fixed - w) / slot, max_slots);
   s.slots = std::min(s.slots == 0 ? wanted : std::min(s.slots, wanted), room);
   if (s.slots < std::min(wanted, 2)) return false;
@@ -360,25 +347,34 @@ bool complete(const Context& ctx, const FewLinear& a, Spread& s) {
   return s.shared <= max_shared && blocks_of(a, s) <= (s.shared <= two_blocks ? 2 : 1) * int64_t{ctx.n_sm};
 }
 
-// An estimate of the clocks behind the wait for the kernel before: what arrives and what is multiplied pass together.
-double clocks_of(const Context& ctx, const FewLinear& a, const Spread& s) {
-  const int per_sm = blocks_of(a, s) > ctx.n_sm ? 2 : 1;
-  const double k = s.steps * block_k * per_sm, x = 2.0 * s.columns * k / 45;
-  const double products = s.tiles * k / 16 * std::max(16 + s.columns / 4, s.columns / 2);
-  const double under_way = std::min(1.0, per_sm * s.slots * slot_bytes(s.tiles, a.swiglu, s.columns) / 32768.0);
-  const double weights = 2.0 * static_cast<double>(a.n * a.k * div_up(a.m, s.columns)) / 3700;  // from L2, mostly ahead
-  return 800 + std::max(x / under_way, products) + 0.25 * weights + (s.parts > 1 ? 900 + 100 * s.parts : 0) +
-         s.columns * rows_staged(s.tiles, a.swiglu) / 16.0;
+// What x costs that does not fit beside w: a slot used again, or weights that come late, in clocks.
+double clocks_again(const FewLinear& a, const Spread& s) {
+  const int x_steps = s.steps * (block_k / slot_k(s.tiles, a.swiglu));
+  return 1000.0 * (x_steps - s.slots) / s.slots + 150.0 * s.late;
 }
 
+// Measured inside steps of the 64M model. Blocks of this kernel and the next, which take an SM each, should fit the GPU
+// together, or the next one's weights come late: `down` for 96 tokens in 2 parts of 48 columns (48 blocks) instead of 4
+// (96 blocks) 1.1 us a launch. So: 32 columns where that is few blocks; else as few tiles of tokens as there can be,
+// one tile of rows if that is one block an SM, else two; k in as few parts as fit.
 Spread spread_of(const Context& ctx, const FewLinear& a) {
   Spread best;
-  for (int tiles = 1; tiles <= 2; tiles++) {
-    for (const int columns : {32, 48, 64}) {
-      for (int parts = 1; parts <= max_parts; parts++) {
-        Spread s = {.tiles = tiles, .columns = columns, .parts = parts};
-        if (!complete(ctx, a, s)) continue;
-        if (best.columns == 0 || clocks_of(ctx, a, s) < clocks_of(ctx, a, best)) best = s;
+  const auto consider = [&](int columns, int tiles, int parts, int64_t most_blocks) {
+    for (int late = 0; late <= 2; late++) {
+      Spread s = {.tiles = tiles, .columns = columns, .parts = parts, .late = late};
+      if (!complete(ctx, a, s) || blocks_of(a, s) > most_blocks) continue;
+      if (best.columns == 0 || clocks_again(a, s) < clocks_again(a, best)) best = s;
+    }
+    return best.columns != 0;
+  };
+  if (consider(32, 1, 1, ctx.n_sm * 3 / 4) || consider(32, 1, 2, ctx.n_sm / 2)) return best;
+  const int fewest = div_up(a.m, div_up(a.m, 64)) <= 48 ? 48 : 64;
+  for (const int an_sm : {1, 2}) {
+    for (const int columns : {fewest, 64, 48, 32}) {
+      for (int tiles = 1; tiles <= 2; tiles++) {
+        for (int parts = 1; parts <= max_parts; parts++) {
+          if (consider(columns, tiles, parts, int64_t{an_sm} * ctx.n_sm)) return best;
+        }
       }
     }
   }
@@ -403,16 +399,15 @@ void launch_spread(const Context& ctx, const FewLinear& a, const Spread& s) {
                         rows_map(a.x, a.m, a.k, s.columns, slot_k(s.tiles, a.swiglu) / 64),
                         a.y,
                         a.residual,
-                        a.norm,
-                        static_cast<const char*>(a.ahead),
-                        aligned({a.ahead}) ? a.ahead_bytes / 16 * 16 : 0,
+                        a.squares,
+                        a.next,
                         a.eps,
                         static_cast<int>(a.m),
                         static_cast<int>(n_out),
                         static_cast<int>(a.k),
                         a.swiglu ? static_cast<int>(n_out) : 0,
                         static_cast<int>(div_up(n_out, rows_out(s.tiles, a.swiglu))),
-                        s.steps,
+                        s.steps - s.late,
                         s.slots,
                         s.tail};
   const int64_t blocks = blocks_of(a, s);
@@ -439,10 +434,11 @@ void launch_spread(const Context& ctx, const FewLinear& a, const Spread& s) {
 }  // namespace
 
 bool linear_wide_fits(const Context& ctx, DType t, const FewLinear& a) {
-  if (ctx.arch != 90 || t != DType::bf16 || a.scales != nullptr || a.m < 1 || a.m > max_tokens) return false;
+  if (ctx.arch != 90 || t != DType::bf16 || a.scales != nullptr || a.norm != nullptr || a.m < 1 || a.m > max_tokens)
+    return false;
   if ((a.swiglu ? a.n / 2 : a.n) % 4 != 0 || a.k % 64 != 0 || a.n >= (int64_t{1} << 20) || a.k >= (int64_t{1} << 20))
     return false;
-  return aligned({a.x, a.w, a.norm, a.y, a.residual}) && spread_of(ctx, a).columns != 0;
+  return aligned({a.x, a.w, a.y, a.residual, a.next.norm, a.next.scaled}) && spread_of(ctx, a).columns != 0;
 }
 
 void linear_wide(const Context& ctx, DType t, const FewLinear& a) {
