@@ -16,7 +16,7 @@ namespace {
 
 constexpr size_t n_slots = 4;
 constexpr int64_t short_rows = 8;       // so many tokens of a sequence attend row by row, as in decoding
-constexpr int64_t persistent_rows = 8;  // sequences that the persistent kernel takes
+constexpr int64_t persistent_rows = 8;  // sequences that the persistent kernel takes at most
 
 template <class T>
 void put(const Buffer& block, size_t at, const std::vector<T>& from) {
@@ -66,7 +66,7 @@ CudaRunner::CudaRunner(const Model& model, const EngineOptions& options, const R
 }
 
 bool CudaRunner::takes_persistent(const StepBatch& b, const Shape& shape) const {
-  return shape.plain && persistent_ && b.n_tok() <= persistent_rows;
+  return shape.plain && persistent_ && b.n_tok() <= persistent_most_;
 }
 
 void CudaRunner::make_persistent() {
@@ -75,6 +75,8 @@ void CudaRunner::make_persistent() {
   gpu_logits_ = Buffer(static_cast<size_t>(persistent_rows * c.vocab_size) * sizeof(float), Memory::cuda);
   persistent_ =
       ops::PersistentStep(dev_, weights_.model(), kv_, std::min(persistent_rows, limits_.max_seq), limits_.context);
+  // With more rows a graph with wide products is faster, where the GPU has those.
+  persistent_most_ = ops::linear_scaled_takes(dev_, dev_.act, weights_.model(), persistent_rows) ? 4 : persistent_rows;
   sent_tables_.assign(static_cast<size_t>(persistent_rows), {});
   const size_t table_bytes = static_cast<size_t>(persistent_rows) * persistent_ld() * sizeof(int32_t);
   gpu_tables_ = Buffer(table_bytes, Memory::cuda);
@@ -380,7 +382,7 @@ void CudaRunner::warm_up() {
     copy_async(gpu_block_.data(), slot.block.data(), l.end, dev_.stream);
     if (decodes) {
       // Twice: the second time it is captured. The persistent kernel needs no preparation.
-      for (int i = 0; i < 2 && !(persistent_ && l.n_tok <= persistent_rows); i++) run_graph(nothing, l, {});
+      for (int i = 0; i < 2 && !(persistent_ && l.n_tok <= persistent_most_); i++) run_graph(nothing, l, {});
     } else {
       run_prompts(nothing, l, {});
     }

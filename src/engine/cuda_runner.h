@@ -74,7 +74,8 @@ class CudaRunner final : public Runner {
   Buffer gpu_block_, gpu_ids_, gpu_edits_, gpu_masks_, gpu_logits_, gpu_tables_;
   std::vector<std::vector<int32_t>> sent_tables_;  // what gpu_tables_ holds, by row
   ops::PersistentStep persistent_;
-  View logits_;  // of the step last queued
+  int64_t persistent_most_ = 0;  // rows that it computes
+  View logits_;                  // of the step last queued
   GraphCache graphs_;
   std::vector<Slot> slots_;
   size_t turn_ = 0;

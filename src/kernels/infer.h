@@ -87,16 +87,16 @@ struct PersistentRow {
   int32_t kv_len = 0;  // keys, the last one its own
 };
 struct PersistentStepBatch {
-  std::span<const PersistentRow> rows;           // host
-  std::span<const RowSampling> sampling;         // host; empty: nothing is drawn
-  const int32_t* table = nullptr;                // device [rows, table_ld], see InferStep
+  std::span<const PersistentRow> rows;    // host
+  std::span<const RowSampling> sampling;  // host; empty: nothing is drawn
+  const int32_t* table = nullptr;         // device [rows, table_ld], see InferStep
   int64_t table_ld = 0;
   int block_shift = 0;
-  const LogitEdit* edits = nullptr;              // device
-  const uint32_t* masks = nullptr;               // device
-  const int32_t* prev_ids = nullptr;             // device
+  const LogitEdit* edits = nullptr;                       // device
+  const uint32_t* masks = nullptr;                        // device
+  const int32_t* prev_ids = nullptr;                      // device
   int32_t *next_ids = nullptr, *next_ids_host = nullptr;  // [rows] device; pinned, may be null
-  float *logits = nullptr, *hidden = nullptr;    // device [rows, n_vocab], [rows, d_model]; null: not wanted
+  float *logits = nullptr, *hidden = nullptr;             // device [rows, n_vocab], [rows, d_model]; null: not wanted
 };
 
 }  // namespace mm

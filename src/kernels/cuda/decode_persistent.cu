@@ -204,7 +204,8 @@ SharedPlan plan_row(const Params& p) {
 // The passes of a step with one row. ring, unit: bytes.
 std::vector<RowPass> plan_passes(const Deal& deal, const std::vector<int>& units, int unit, uint32_t ring,
                                  size_t block) {
-  const RowPass end = {.from = 0, .bytes = 0, .to = 0, .after = 0xffffffffu, .stage = -1, .first_tile = 0, .tiles = 0, .unused = 0};
+  const RowPass end = {
+      .from = 0, .bytes = 0, .to = 0, .after = 0xffffffffu, .stage = -1, .first_tile = 0, .tiles = 0, .unused = 0};
   std::vector<RowPass> all;
   uint32_t from = 0, to = 0;
   for (size_t s = 0; s < units.size(); s++) {

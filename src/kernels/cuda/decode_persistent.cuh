@@ -42,7 +42,8 @@ __host__ __device__ constexpr int tiles_per_pass(int units, int held) {
 // `unset` is a NaN that arithmetic does not make (it makes 0x7fffffff).
 constexpr uint32_t unset = 0xffffffffu;
 
-// Words of one set: [n_layer][layer_words], then logits [max_rows][logit_words], stream [d_model]. Within a layer (words from its start):
+// Words of one set: [n_layer][layer_words], then logits [max_rows][logit_words], stream [d_model]. Within a layer
+// (words from its start):
 struct Exchange {
   uint32_t* set[2] = {};
   int64_t layer_words = 0, logits = 0, set_words = 0;
@@ -67,8 +68,8 @@ enum StageKind { stage_qkv = 0, stage_o = 1, stage_gate_up = 2, stage_down = 3, 
 
 // The host's plan for a step with one row: a block's weights pass by pass, each in one piece of the ring.
 struct RowPass {
-  uint32_t from, bytes;  // of the block's stream
-  uint32_t to, after;    // byte in the ring; may be copied once so many passes have been taken
+  uint32_t from, bytes;                  // of the block's stream
+  uint32_t to, after;                    // byte in the ring; may be copied once so many passes have been taken
   int stage, first_tile, tiles, unused;  // stage -1: the end
 };
 static_assert(sizeof(RowPass) == 32);
@@ -139,11 +140,11 @@ inline int known_shape(const Params& p) {
 // decode_persistent_row.cuh).
 constexpr int attention_blocks = 8, alone_most_keys = 560;  // of a block; with more, all blocks together are faster
 __host__ __device__ constexpr int row_splits(int n_kv_head) { return attention_blocks / n_kv_head; }  // of its keys
-constexpr int alone_keys = 16 * n_warp;                   // of a round
-constexpr int alone_bytes = 216 * 1024;                   // of shared memory
-constexpr int row_barriers = 32;                          // passes under way at most
-constexpr int row_tiles = held_tiles, row_tiles_ff = 1;   // of a pass: of width d_model, d_ff
-constexpr int row_sum_pitch = 2 * n_warp + 4;             // floats between a pass's outputs, for the sums of its warps
+constexpr int alone_keys = 16 * n_warp;                                                               // of a round
+constexpr int alone_bytes = 216 * 1024;                  // of shared memory
+constexpr int row_barriers = 32;                         // passes under way at most
+constexpr int row_tiles = held_tiles, row_tiles_ff = 1;  // of a pass: of width d_model, d_ff
+constexpr int row_sum_pitch = 2 * n_warp + 4;            // floats between a pass's outputs, for the sums of its warps
 constexpr int row_part_bytes = row_tiles * rows_per_tile * row_sum_pitch * 4;
 
 using Kernel = void (*)(Params);
@@ -218,8 +219,8 @@ __device__ __forceinline__ void publish(uint32_t* p, float x) { publish(p, __flo
 
 __device__ __forceinline__ void publish(uint32_t* p, float x, float y, float z, float w) {  // 16-byte aligned
   const auto word = [](float f) { return __float_as_uint(f) == unset ? 0x7fffffffu : __float_as_uint(f); };
-  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(word(x)), "r"(word(y)), "r"(word(z)),
-               "r"(word(w))
+  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(word(x)), "r"(word(y)),
+               "r"(word(z)), "r"(word(w))
                : "memory");
 }
 

@@ -12,7 +12,6 @@
 
 namespace mm::cuda::persistent {
 
-
 // Byte offsets in shared memory.
 template <class V, int D, int G>
 struct AloneLayout {

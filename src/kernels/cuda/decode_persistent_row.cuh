@@ -23,7 +23,8 @@ struct RowCopier {
   __device__ __forceinline__ RowCopier(const Params& p, unsigned char* smem)
       : pass(reinterpret_cast<const RowPass*>(smem + p.smem.passes)),
         from(p.stream + static_cast<int64_t>(p.block_begin[blockIdx.x]) * T::unit),
-        full(shared_address(smem + p.smem.full)), ring(shared_address(smem)) {}
+        full(shared_address(smem + p.smem.full)),
+        ring(shared_address(smem)) {}
   // A piece of the next pass, if `taken` passes leave room for it.
   __device__ __forceinline__ void step(const Params& p, uint32_t taken) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -34,7 +35,8 @@ struct RowCopier {
     if (threadIdx.x % 32 == 0) {
       const uint32_t bar = full + 8 * (index % row_barriers);
       // createpolicy's evict_last and evict_first
-      const uint64_t policy = static_cast<int>(index % 16) < p.resident_16ths ? 0x14f0000000000000ull : 0x12f0000000000000ull;
+      const uint64_t policy =
+          static_cast<int>(index % 16) < p.resident_16ths ? 0x14f0000000000000ull : 0x12f0000000000000ull;
       if (done == 0)
         asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(own) : "memory");
       asm volatile(
@@ -93,7 +95,8 @@ struct RowProduct {
   }
   // The residual stream [width] fp32, times the norm's weight.
   template <class F>
-  __device__ __forceinline__ void take_stream(const Params& p, const uint32_t* words, const float* weight, F&& meanwhile) {
+  __device__ __forceinline__ void take_stream(const Params& p, const uint32_t* words, const float* weight,
+                                              F&& meanwhile) {
     uint4 x[n];
     float4 g[n];
 #pragma unroll
@@ -206,7 +209,8 @@ struct RowProduct {
           for (int h = 0; h < 2; h++) {
             const uint32_t lo = h == 0 ? w.x : w.z, hi = h == 0 ? w.y : w.w;
             float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-            mma<bf16>(d, {widen_pair<0x4140>(lo), widen_pair<0x4140>(hi), widen_pair<0x4342>(lo), widen_pair<0x4342>(hi)},
+            mma<bf16>(d,
+                      {widen_pair<0x4140>(lo), widen_pair<0x4140>(hi), widen_pair<0x4342>(lo), widen_pair<0x4342>(hi)},
                       b[2 * j + h].x, b[2 * j + h].y);
 #pragma unroll
             for (int e = 0; e < 4; e++) sum[e] += (h == 0 ? scale.x : scale.y) * d[e];
@@ -248,8 +252,8 @@ __device__ __forceinline__ void work_row(const Params& p, unsigned char* smem, u
   const RowPass* pass = reinterpret_cast<const RowPass*>(smem + p.smem.passes);
   const int n_split = splits_of(p, p.rows[0].kv_len);
   uint32_t* const set = p.ex.set[step & 1];
-  uint32_t* words = set;                            // of the layer
-  const uint32_t* before = set + p.ex.stream;       // the residual stream that the layer begins with
+  uint32_t* words = set;                       // of the layer
+  const uint32_t* before = set + p.ex.stream;  // the residual stream that the layer begins with
   const float* norms = p.norms;
   int kind = stage_qkv, taken = 0, parity = 0;
   const auto factor = [&] {
