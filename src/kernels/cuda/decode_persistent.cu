@@ -201,8 +201,8 @@ SharedPlan plan_row(const Params& p) {
   return s;
 }
 
-// The passes of a step with one row. ring, unit: bytes.
-std::vector<RowPass> plan_passes(const Deal& deal, const std::vector<int>& units, int unit, uint32_t ring,
+// The passes of a step with one row. ring: bytes.
+std::vector<RowPass> plan_passes(const Deal& deal, const std::vector<int>& units, WeightFormat format, uint32_t ring,
                                  size_t block) {
   const RowPass end = {
       .from = 0, .bytes = 0, .to = 0, .after = 0xffffffffu, .stage = -1, .first_tile = 0, .tiles = 0, .unused = 0};
@@ -210,11 +210,11 @@ std::vector<RowPass> plan_passes(const Deal& deal, const std::vector<int>& units
   uint32_t from = 0, to = 0;
   for (size_t s = 0; s < units.size(); s++) {
     const int2 run = deal.segments[block * units.size() + s];
-    const int most = s % 4 == stage_down ? row_tiles_ff : row_tiles;  // 4 n_layer is the head
+    const int most = s % 4 == stage_down ? 1 : row_tiles(format, units[s]);  // 4 n_layer is the head
     for (int done = 0; done < run.y; done += most) {
       RowPass x = end;
       x.stage = static_cast<int>(s), x.first_tile = run.x + done, x.tiles = std::min(most, run.y - done);
-      x.from = from, x.bytes = static_cast<uint32_t>(x.tiles * units[s] * unit);
+      x.from = from, x.bytes = static_cast<uint32_t>(x.tiles * units[s] * unit_bytes(format));
       x.to = to + x.bytes <= ring ? to : 0;
       x.after = all.size() < row_barriers ? 0 : static_cast<uint32_t>(all.size()) - row_barriers + 1;
       for (size_t k = all.size(); k-- > x.after;) {  // the last pass that lies where this one goes
@@ -377,7 +377,7 @@ PersistentDecode* persistent_decode_create(const Context& ctx, const InferModel&
   tiles.push_back(static_cast<int>(div_up(m.n_vocab, rows_per_tile))), units.push_back(p.shape[stage_head].units);
   const Deal deal = deal_out(d->grid, p.n_attention, tiles, units);
   const auto passes_of = [&](int block, int ring) {
-    return plan_passes(deal, units, unit_bytes(d->format), static_cast<uint32_t>(ring), static_cast<size_t>(block));
+    return plan_passes(deal, units, d->format, static_cast<uint32_t>(ring), static_cast<size_t>(block));
   };
   for (int b = 0; b < d->grid; b++) p.n_pass = std::max(p.n_pass, static_cast<int>(passes_of(b, alone_bytes).size()));
   bool scores_fit = true;
@@ -448,7 +448,7 @@ PersistentDecode* persistent_decode_create(const Context& ctx, const InferModel&
   // L2 keeps this much of the weights from step to step; more is slower.
   const size_t weight_bytes = size_t{deal.block_begin.back()} * static_cast<size_t>(unit_bytes(d->format));
   p.resident_16ths =
-      static_cast<int>(std::min<size_t>(16, (16 * (size_t{18} << 20) + weight_bytes / 2) / weight_bytes));
+      static_cast<int>(std::min<size_t>(16, (16 * (size_t{26} << 20) + weight_bytes / 2) / weight_bytes));
   return d;
 }
 

@@ -141,11 +141,15 @@ inline int known_shape(const Params& p) {
 constexpr int attention_blocks = 8, alone_most_keys = 560;  // of a block; with more, all blocks together are faster
 __host__ __device__ constexpr int row_splits(int n_kv_head) { return attention_blocks / n_kv_head; }  // of its keys
 constexpr int alone_keys = 16 * n_warp;                                                               // of a round
-constexpr int alone_bytes = 216 * 1024;                  // of shared memory
-constexpr int row_barriers = 32;                         // passes under way at most
-constexpr int row_tiles = held_tiles, row_tiles_ff = 1;  // of a pass: of width d_model, d_ff
-constexpr int row_sum_pitch = 2 * n_warp + 4;            // floats between a pass's outputs, for the sums of its warps
-constexpr int row_part_bytes = row_tiles * rows_per_tile * row_sum_pitch * 4;
+constexpr int alone_bytes = 216 * 1024;  // of shared memory
+constexpr int row_barriers = 32;         // passes under way at most
+// Tiles of a pass, by the units of a tile: what fits the registers, INT8 weights widened to bf16.
+__host__ __device__ constexpr int row_tiles(WeightFormat f, int units) {
+  const int n = (f == WeightFormat::i8 ? held_units / 2 : held_units) / units_per_warp(units);
+  return n < held_tiles ? n : held_tiles;
+}
+constexpr int row_sum_pitch = 2 * n_warp + 4;  // floats between a pass's outputs, for the sums of its warps
+constexpr int row_part_bytes = held_tiles * rows_per_tile * row_sum_pitch * 4;
 
 using Kernel = void (*)(Params);
 Kernel kernel_of_bf16(const Params&p), kernel_of_i8(const Params&p);  // for p's shape and number of tokens

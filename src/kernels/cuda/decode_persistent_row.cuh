@@ -51,6 +51,12 @@ struct RowCopier {
   }
 };
 
+template <class T>
+struct RowWeights {  // of a pass: mma's A operand
+  uint4 w[T::format == WeightFormat::i8 ? 2 * (held_units / 2) : held_units];
+  uint32_t scale[T::format == WeightFormat::i8 ? held_units / 2 : 1];
+};
+
 // --- a pass -------------------------------------------------------------------------------------------------------
 // Of tiles of kUnits units, kPer a warp, kTiles at most: the weights and the input as registers hold them.
 template <class T, int kPer, int kUnits, int kTiles>
@@ -76,22 +82,29 @@ struct RowProduct {
     return x;
   }
 
-  // What a warp takes beyond a tile's last unit is never used.
-  static __device__ __forceinline__ void take(Held<T>& held, const unsigned char* at, int tiles) {
+  // What a warp takes beyond a tile's last unit is never used. INT8 is widened here, where there is time.
+  static __device__ __forceinline__ void take(RowWeights<T>& to, const unsigned char* at, int tiles) {
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
     at += warp * T::unit;
-    const unsigned char* const words = at + lane * 16;
-    const unsigned char* const scales = at + 512 + lane / 4 * 4;
 #pragma unroll
     for (int i = 0; i < kTiles; i++) {
       if (i >= tiles) break;
 #pragma unroll
       for (int j = 0; j < kPer; j++) {
-        held.w[i * kPer + j] = *reinterpret_cast<const uint4*>(words + (i * kUnits + j * n_warp) * T::unit);
-        if constexpr (T::format == WeightFormat::i8)
-          held.scale[i * kPer + j] = *reinterpret_cast<const uint32_t*>(scales + (i * kUnits + j * n_warp) * T::unit);
+        const unsigned char* unit = at + (i * kUnits + j * n_warp) * T::unit;
+        const uint4 x = *reinterpret_cast<const uint4*>(unit + lane * 16);
+        const int u = i * kPer + j;
+        if constexpr (T::format == WeightFormat::i8) {
+          to.w[2 * u] = widened(x.x, x.y), to.w[2 * u + 1] = widened(x.z, x.w);
+          to.scale[u] = *reinterpret_cast<const uint32_t*>(unit + 512 + lane / 4 * 4);
+        } else {
+          to.w[u] = x;
+        }
       }
     }
+  }
+  static __device__ __forceinline__ uint4 widened(uint32_t lo, uint32_t hi) {
+    return make_uint4(widen_pair<0x4140>(lo), widen_pair<0x4140>(hi), widen_pair<0x4342>(lo), widen_pair<0x4342>(hi));
   }
   // The residual stream [width] fp32, times the norm's weight.
   template <class F>
@@ -189,7 +202,7 @@ struct RowProduct {
   }
 
   // Sums to part [tile][8 rows][row_sum_pitch]. For the operands see `multiply`.
-  __device__ __forceinline__ void products(float* part, const Held<T>& held, int tiles) const {
+  __device__ __forceinline__ void products(float* part, const RowWeights<T>& from, int tiles) const {
     constexpr int chains = kPer >= 6 ? 2 : 1;
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
     float c[kTiles][chains][4];
@@ -201,22 +214,20 @@ struct RowProduct {
         float(&sum)[4] = c[i][j % chains];
         if (j < chains) sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
         if (!exists(j)) continue;
-        const uint4 w = held.w[i * kPer + j];
+        const int u = i * kPer + j;
         if constexpr (T::format == WeightFormat::i8) {
-          const uint32_t s = held.scale[i * kPer + j];
-          const float2 scale = __half22float2(*reinterpret_cast<const __half2*>(&s));
+          const float2 by = __half22float2(*reinterpret_cast<const __half2*>(&from.scale[u]));
 #pragma unroll
           for (int h = 0; h < 2; h++) {
-            const uint32_t lo = h == 0 ? w.x : w.z, hi = h == 0 ? w.y : w.w;
+            const uint4 a = from.w[2 * u + h];
             float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-            mma<bf16>(d,
-                      {widen_pair<0x4140>(lo), widen_pair<0x4140>(hi), widen_pair<0x4342>(lo), widen_pair<0x4342>(hi)},
-                      b[2 * j + h].x, b[2 * j + h].y);
+            mma<bf16>(d, {a.x, a.y, a.z, a.w}, b[2 * j + h].x, b[2 * j + h].y);
 #pragma unroll
-            for (int e = 0; e < 4; e++) sum[e] += (h == 0 ? scale.x : scale.y) * d[e];
+            for (int e = 0; e < 4; e++) sum[e] += (h == 0 ? by.x : by.y) * d[e];
           }
         } else {
-          mma<bf16>(sum, {w.x, w.y, w.z, w.w}, b[j].x, b[j].y);
+          const uint4 a = from.w[u];
+          mma<bf16>(sum, {a.x, a.y, a.z, a.w}, b[j].x, b[j].y);
         }
       }
     }
@@ -246,8 +257,8 @@ __device__ __forceinline__ float add_up(const float* x, int n4) {  // 4 n4 float
 // The script of a block with weights.
 template <class T>
 __device__ __forceinline__ void work_row(const Params& p, unsigned char* smem, uint32_t step, RowCopier<T>& copier) {
-  using ProductD = RowProduct<T, T::per_d, T::units_d, row_tiles>;
-  using ProductFf = RowProduct<T, T::per_ff, T::units_ff, row_tiles_ff>;
+  using ProductD = RowProduct<T, T::per_d, T::units_d, row_tiles(T::format, T::units_d)>;
+  using ProductFf = RowProduct<T, T::per_ff, T::units_ff, 1>;
   const int tid = static_cast<int>(threadIdx.x), warp = tid / 32;
   const RowPass* pass = reinterpret_cast<const RowPass*>(smem + p.smem.passes);
   const int n_split = splits_of(p, p.rows[0].kv_len);
@@ -278,9 +289,9 @@ __device__ __forceinline__ void work_row(const Params& p, unsigned char* smem, u
       const uint32_t bar = shared_address(smem + p.smem.full) + 8 * static_cast<uint32_t>(taken % row_barriers);
       SpinGuard guard(4);
       while (!probing(p, 2) && !mbarrier_done(bar, static_cast<uint32_t>(taken / row_barriers) & 1)) guard.spin();
-      Held<T> held;
+      RowWeights<T> weights;
       if (kind != stage_down) {
-        ProductD::take(held, smem + pass->to, n);
+        ProductD::take(weights, smem + pass->to, n);
         MM_TRACE(s * 8 + 1);
         if (first) {
           if (kind == stage_o) {
@@ -291,7 +302,7 @@ __device__ __forceinline__ void work_row(const Params& p, unsigned char* smem, u
           }
         }
         MM_TRACE(s * 8 + 2);
-        d.products(part, held, n);
+        d.products(part, weights, n);
         if (!adds) {
           float ss = d.ss;
           ss += __shfl_xor_sync(0xffffffffu, ss, 1);
@@ -300,11 +311,11 @@ __device__ __forceinline__ void work_row(const Params& p, unsigned char* smem, u
           if (tid % 32 == 0) reinterpret_cast<float*>(smem + p.smem.sums)[parity * n_warp + warp] = ss;
         }
       } else {
-        ProductFf::take(held, smem + pass->to, n);
+        ProductFf::take(weights, smem + pass->to, n);
         MM_TRACE(s * 8 + 1);
         if (first) ff.take_pairs(p, words + p.ex.act, meanwhile);
         MM_TRACE(s * 8 + 2);
-        ff.products(part, held, n);
+        ff.products(part, weights, n);
       }
       __syncthreads();  // the sums are there, and the pass's weights are in registers
       MM_TRACE(s * 8 + 3);
