@@ -108,7 +108,6 @@ struct Params {
   Exchange ex;
   State* state;
   SharedPlan smem;
-  uint32_t pace_bytes = 2048;
   int resident_16ths;  // of the weights that L2 is asked to keep; < 0: no hint
   // of the step
   PersistentRow rows[max_tokens];

@@ -5,7 +5,7 @@
 //   prepare  one warp a head: norm, rotation; queries as bf16, the own key and value as the cache holds them
 //   round    a warp's own 16 keys, scores and values, all in registers: no block-wide meeting
 //   merge    the warps' sums through shared memory; published unnormalized with maximum and sum, for the readers to
-//            merge (RowInput::take_parts)
+//            merge (RowProduct::take_parts)
 #pragma once
 
 #include "kernels/cuda/decode_persistent_attention.cuh"

@@ -1,9 +1,9 @@
 // The products of a step with one row, for models of a known shape, by blocks that do nothing else (attention:
 // decode_persistent_alone.cuh). Two things keep a step short:
 //
-//   code     the loop over the stages is small (about 10 KB): what does not fit the instruction caches takes twice
-//            as long. Hence a plan made by the host: a block's weights arrive pass by pass, each in one piece of the
-//            ring and with a barrier of its own.
+//   code     the loop over the stages is small (13 KB, bf16): what does not fit the instruction caches takes twice as
+//            long, and a register that is spilled costs as much. Hence a plan made by the host: a block's weights
+//            arrive pass by pass, each in one piece of the ring and with a barrier of its own.
 //   arrival  a warp polls just the words that it multiplies, straight into the registers of mma's B operand; the block
 //            meets once a pass, to add up the warps' sums. Two sets of sums alternate, so nobody waits for readers.
 #pragma once
@@ -14,7 +14,9 @@ namespace mm::cuda::persistent {
 
 // --- copying weights ----------------------------------------------------------------------------------------------
 // Copies passes as early as the ring has room, an eighth each by the warps, little by little while they poll: bursts of
-// all blocks at once hold up the words that they exchange.
+// all blocks at once hold up the words that they exchange (64M: whole passes behind each stage 111 us a step, pieces of
+// 1, 2, 4 KB 98, 94, 98).
+constexpr uint32_t copy_piece = 2048;
 template <class T>
 struct RowCopier {
   const RowPass* pass;  // the next
@@ -31,7 +33,7 @@ struct RowCopier {
     const uint4 c = *reinterpret_cast<const uint4*>(pass);  // from, bytes, to, after
     if (c.w > taken || probing(p, 2)) return;
     const uint32_t share = (c.y + 16 * n_warp - 1) / (16 * n_warp) * 16, begin = share * (threadIdx.x / 32);
-    const uint32_t own = min(share, c.y - begin), bytes = min(p.pace_bytes, own - done);
+    const uint32_t own = min(share, c.y - begin), bytes = min(copy_piece, own - done);
     if (threadIdx.x % 32 == 0) {
       const uint32_t bar = full + 8 * (index % row_barriers);
       // createpolicy's evict_last and evict_first
