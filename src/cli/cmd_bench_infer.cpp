@@ -44,7 +44,7 @@ void run_bench(InferFlags& f, const Globals& globals, bool decode) {
                            r["weights"].get<std::string>(), r["kv"].get<std::string>(), r["batch"].get<int64_t>(),
                            r[length].get<int64_t>(), num("tokens_per_second"), num("lowest"), num("highest"),
                            num(decode ? "step_ms" : "ttft_ms"), num(decode ? "gbytes_per_second" : "gflops"),
-                           decode ? fmt::format("{:>6.0f}%", 100 * num("share_of_bandwidth")) : std::string()));
+                           decode ? fmt::format("{:>6.0f}%", 100 * num("share_of_limit")) : std::string()));
   };
   const ordered_json result = decode ? bench_decode(*model, b, on_row) : bench_prefill(*model, b, on_row);
   if (globals.json) return print_result(globals, result);

@@ -1,10 +1,15 @@
 #include "kernels/machine.h"
 
 #include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <numeric>
 #include <vector>
 
+#include "base/error.h"
 #include "base/progress.h"
 #include "base/rng.h"
+#include "base/thread_team.h"
 #include "kernels/ops.h"
 #include "tensor/buffer.h"
 #include "tensor/host_copy.h"
@@ -71,6 +76,31 @@ double measure_bandwidth(const Device& dev) {
       best = std::max(best, 8.0 * static_cast<double>(n) / copy);
     }
   }
+  return best;
+}
+
+double measure_read_bandwidth(int64_t bytes) {
+  constexpr int64_t unit = 512;
+  const int64_t n = std::max<int64_t>(bytes / unit, 1);
+  const Buffer buffer(static_cast<size_t>(n * unit), Memory::host);
+  std::memset(buffer.data(), 1, buffer.size());
+  const auto* words = static_cast<const uint64_t*>(buffer.data());
+  std::atomic<uint64_t> sink = 0;
+  double best = 0;
+  const double start = now_seconds();
+  for (int pass = 0; pass < 40 && (pass < 4 || now_seconds() - start < 0.25); pass++) {
+    const double t = timed(Device(), [&] {
+      parallel_team([&](int thread, int n_threads) {
+        uint64_t sum[8] = {};
+        const int64_t end = n * (thread + 1) / n_threads * (unit / 8);
+        for (int64_t i = n * thread / n_threads * (unit / 8); i < end; i += 8)
+          for (int64_t j = 0; j < 8; j++) sum[j] += words[i + j];
+        sink += std::accumulate(std::begin(sum), std::end(sum), uint64_t{0});
+      });
+    });
+    best = std::max(best, static_cast<double>(n * unit) / t);
+  }
+  MM_CHECK(sink > 0);
   return best;
 }
 

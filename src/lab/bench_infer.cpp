@@ -57,7 +57,8 @@ void run_round(Engine& engine, int64_t n_vocab, int64_t batch, int64_t n_prompt,
   if (!trace.error.empty()) throw Error(trace.error);
 }
 
-// Tokens a second while all sequences decode: behind the last first token, up to the first last one.
+// Tokens a second while all sequences decode: behind the last first token, up to the first last one. 0 where they never
+// did: this thread was held up between the requests.
 double decode_speed(const Trace& trace) {
   double begin = 0, end = INFINITY;
   for (const auto& t : trace.times) {
@@ -67,7 +68,7 @@ double decode_speed(const Trace& trace) {
   int64_t n = 0;
   for (const auto& t : trace.times)
     n += std::count_if(t.begin(), t.end(), [&](double x) { return x > begin && x <= end; });
-  return static_cast<double>(n) / (end - begin);
+  return end > begin ? static_cast<double>(n) / (end - begin) : 0;
 }
 
 struct Spread {
@@ -103,6 +104,12 @@ EngineOptions fitting(const InferBenchOptions& o, const ModelConfig& config, int
 
 using RowOf = std::function<ordered_json(Engine& engine, const EngineOptions& e, int64_t batch, int64_t length)>;
 
+double read_bandwidth(double bytes) {
+  const double limit = measure_read_bandwidth(static_cast<int64_t>(bytes));
+  release_team();  // the engine's thread computes
+  return limit;
+}
+
 ordered_json bench_rows(const char* name, const Model& model, const InferBenchOptions& o, int64_t n_new,
                         const RowOf& row_of, const std::function<void(const ordered_json&)>& on_row) {
   EngineOptions e = fitting(o, model.config, n_new);
@@ -127,8 +134,12 @@ ordered_json bench_rows(const char* name, const Model& model, const InferBenchOp
         for (const int64_t length : o.length) {
           ordered_json row{{"weights", weight_format_name(weights)}, {"kv", kv_format_name(kv)}, {"batch", batch}};
           row.update(row_of(engine, e, batch, length));
-          if (row.contains("gbytes_per_second"))
-            row["share_of_bandwidth"] = row["gbytes_per_second"].get<double>() * 1e9 / bandwidth;
+          if (row.contains("step_bytes")) {
+            const auto bytes = row["step_bytes"].get<double>();
+            const double limit = dev.on_gpu() ? bandwidth : read_bandwidth(bytes);
+            row["limit_gbytes_per_second"] = limit / 1e9;
+            row["share_of_limit"] = row["gbytes_per_second"].get<double>() * 1e9 / limit;
+          }
           result["rows"].push_back(row);
           on_row(row);
         }
@@ -151,7 +162,7 @@ double decode_step_bytes(const ModelConfig& config, WeightFormat weights, KvForm
            static_cast<double>(idle);
   }
   const double bytes = weights == WeightFormat::f32  ? 4
-                       : weights == WeightFormat::i8 ? 1 + 4.0 / static_cast<double>(weight_group)
+                       : weights == WeightFormat::i8 ? 1 + 2.0 / static_cast<double>(weight_group)
                                                      : 2;
   return n * bytes + static_cast<double>(batch) * depth * static_cast<double>(kv_bytes_per_token(config, kv));
 }
@@ -166,18 +177,30 @@ ordered_json bench_decode(const Model& model, const InferBenchOptions& o,
   const auto row_of = [&](Engine& engine, const EngineOptions& e, int64_t b, int64_t d) {
     std::vector<double> speeds;
     Trace trace;
-    for (int64_t round = -1; round < o.rounds; round++) {
+    for (int64_t round = -1, failed = 0; round < o.rounds; round++) {
       run_round(engine, model.config.vocab_size, b, std::max<int64_t>(d, 1), new_tokens(b, d), o.sampled,
                 static_cast<uint64_t>(round + 2), trace);
-      if (round >= 0) speeds.push_back(decode_speed(trace));
+      const double speed = decode_speed(trace);
+      if (speed > 0) {
+        if (round >= 0) speeds.push_back(speed);
+      } else if (++failed > 20) {
+        throw Error("bench decode", "sequences that decode at the same time", "none in 20 rounds",
+                    "raise --tokens, or use a less busy machine");
+      } else {
+        round--;
+      }
     }
     const Spread s = spread_of(speeds);
     const double steps = s.median / static_cast<double>(b);
     const double bytes =
         decode_step_bytes(model.config, e.weights, e.kv, b, static_cast<double>(d) + static_cast<double>(o.n_tok) / 2);
-    return ordered_json{
-        {"depth", d},           {"tokens_per_second", s.median}, {"lowest", s.lowest},
-        {"highest", s.highest}, {"step_ms", 1e3 / steps},        {"gbytes_per_second", bytes * steps / 1e9}};
+    return ordered_json{{"depth", d},
+                        {"tokens_per_second", s.median},
+                        {"lowest", s.lowest},
+                        {"highest", s.highest},
+                        {"step_ms", 1e3 / steps},
+                        {"step_bytes", bytes},
+                        {"gbytes_per_second", bytes * steps / 1e9}};
   };
   return bench_rows("decode", model, o, new_tokens(batch, depth), row_of, on_row);
 }

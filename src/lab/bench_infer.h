@@ -23,12 +23,12 @@ struct InferBenchOptions {
 };
 
 // A row for every combination, in the order weights, kv, batch, length:
-// decode:  {"weights", "kv", "batch", "depth", "tokens_per_second", "lowest", "highest", "step_ms",
-// "gbytes_per_second",
-//           "share_of_bandwidth"}: all sequences together, while all of them decode
+// decode:  {"weights", "kv", "batch", "depth", "tokens_per_second", "lowest", "highest", "step_ms", "step_bytes",
+//           "gbytes_per_second", "limit_gbytes_per_second", "share_of_limit"}: all sequences together, while all of
+//           them decode. The limit: what the same threads reach that only read so many bytes, measured right after (on
+//           a GPU, what memory moves).
 // prefill: {"weights", "kv", "batch", "length", "tokens_per_second", "lowest", "highest", "ttft_ms", "gflops"}: from
-// the
-//           first prompt's submission to the last one's first token
+//           the first prompt's submission to the last one's first token
 // Through class Engine, as a server uses it: scheduling and drawing included. `on_row` sees each row as it is done.
 ordered_json bench_decode(const Model& model, const InferBenchOptions& options,
                           const std::function<void(const ordered_json&)>& on_row);

@@ -23,7 +23,7 @@ TEST(BenchInfer, BytesOfAStep) {
   const auto n = static_cast<double>(param_count(c));
   EXPECT_DOUBLE_EQ(decode_step_bytes(c, WeightFormat::f32, KvFormat::f32, 1, 0), 4 * n);
   EXPECT_DOUBLE_EQ(decode_step_bytes(c, WeightFormat::bf16, KvFormat::f32, 7, 0), 2 * n);  // once for all sequences
-  EXPECT_DOUBLE_EQ(decode_step_bytes(c, WeightFormat::i8, KvFormat::f32, 1, 0), 1.125 * n);
+  EXPECT_DOUBLE_EQ(decode_step_bytes(c, WeightFormat::i8, KvFormat::f32, 1, 0), 1.0625 * n);
   EXPECT_DOUBLE_EQ(decode_step_bytes(c, WeightFormat::f32, KvFormat::bf16, 3, 10),
                    4 * n + 30 * static_cast<double>(kv_bytes_per_token(c, KvFormat::bf16)));
   c.tie_word_embeddings = false;
@@ -56,7 +56,7 @@ TEST(BenchInfer, ARowForEachCombination) {
     EXPECT_LE(r["lowest"].get<double>(), speed);
     EXPECT_GE(r["highest"].get<double>(), speed);
     EXPECT_NEAR(r["step_ms"].get<double>() * speed, 1e3 * r["batch"].get<double>(), 1e-6);
-    EXPECT_GT(r["share_of_bandwidth"].get<double>(), 0);
+    EXPECT_GT(r["share_of_limit"].get<double>(), 0);
   }
   EXPECT_EQ(decode["rows"][3]["depth"], 20);
   EXPECT_EQ(decode["rows"][4]["weights"], "i8");
