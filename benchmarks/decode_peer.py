@@ -11,7 +11,8 @@ Measured, in tokens a second: prefill of 512 tokens; 128 tokens decoded one by o
 measurement is a process of its own. A round runs each row once, in the order of the table, so that rows alternate; the
 median over rounds counts, with the lowest and highest beside it. --realtime runs the processes under `chrt -f 1`, for a
 machine that others use too. A peer's variants (its flags that could help on a CPU) are rows of their own; the best of a
-peer's rows is what the comparison uses. --merge keeps the rounds that the output file already holds.
+peer's rows is what the comparison uses. The limit of reading: the tokens a second at which the same threads that do
+nothing else read a step's bytes, measured behind each decode. --merge keeps the rounds that the output file already holds.
 """
 import argparse
 import json
@@ -77,6 +78,7 @@ def measure_ours(binary, weights, model, threads, realtime):
     if out:
         for row in json.loads(out)["rows"]:
             values[f"decode @{row['depth']}"] = row["tokens_per_second"]
+            values[f"limit @{row['depth']}"] = row["tokens_per_second"] / row["share_of_limit"]
     return values
 
 
@@ -123,6 +125,11 @@ def report(data, path):
                     cells.append(f"{mine / best:.2f}x" if mine and best else "-")
                 if any(c != "-" for c in cells):
                     lines.append(f"| **minimind {ours} / best of {', '.join(formats)}** | | " + " | ".join(cells) + " |")
+                mine = table[threads].get(f"minimind|{ours}", {})
+                shares = [[a / b for a, b in zip(mine.get(m, []), mine.get(m.replace("decode", "limit"), []))] for m in MEASURES]
+                if any(shares[1:]):
+                    lines.append(f"| minimind {ours} / limit of reading | | - | "
+                                 + " | ".join(f"{statistics.median(s):.0%}" if s else "-" for s in shares[1:]) + " |")
             lines.append("")
     pathlib.Path(path).write_text("\n".join(lines), encoding="utf-8")
 
