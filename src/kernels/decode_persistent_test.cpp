@@ -2,6 +2,7 @@
 #ifdef MM_CUDA
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <memory>
 #include <numeric>
@@ -27,7 +28,10 @@ const Shape shapes[] = {{"qwen3", 128, 448, 2, 300, 4, 2, 32, true},
                         {"llama", 256, 512, 2, 1003, 8, 2, 64, false},
                         {"heads96", 384, 640, 2, 520, 4, 2, 96, true},
                         {"heads128", 256, 768, 1, 70, 2, 2, 128, true}};
-constexpr int64_t max_pos = 320, block_rows = 16, pool_rows = 4096;
+// Those with kernels of their own, where a single row's attention has blocks of its own up to 1,120 and 2,240 keys.
+const Shape known_shapes[] = {{"minimind-3", 768, 2432, 2, 1003, 8, 4, 96, true},
+                              {"minimind2-small", 512, 1408, 3, 1600, 8, 2, 64, false}};
+constexpr int64_t max_pos = 2304, block_rows = 16, pool_rows = 4096;
 
 // The same random model on the CPU (fp32) and on the GPU (bf16 or int8).
 class Pair {
@@ -157,7 +161,7 @@ void run(const Shape& shape, Pair& pair, KvFormat format, const std::vector<int3
   if (plan == nullptr) GTEST_SKIP() << "NOT TESTED: " << why;
 
   // Blocks in a shuffled order.
-  const size_t ld = max_pos / block_rows;
+  const size_t ld = static_cast<size_t>(*std::max_element(depths.begin(), depths.end()) / block_rows + 2);
   std::vector<int32_t> table(n * ld), ids(n), slots(n), positions(n), kv_len(n), cu(n + 1), rows(n);
   for (size_t i = 0; i < n * ld; i++) table[i] = static_cast<int32_t>(i * 37 % (pool_rows / block_rows) * block_rows);
   std::iota(cu.begin(), cu.end(), 0), std::iota(rows.begin(), rows.end(), 0);
@@ -171,6 +175,13 @@ void run(const Shape& shape, Pair& pair, KvFormat format, const std::vector<int3
   const Device<float> d_logits(logits), d_hidden(hidden);
   std::vector<RowSampling> greedy(n);
   for (RowSampling& s : greedy) s.temperature = 0;
+  // Steps of one row and of several take turns with the exchange's memory.
+  for (const size_t m : {size_t{1}, n, size_t{1}, size_t{1}}) {
+    const std::vector<PersistentRow> nothing(m, {.kv_len = 1});
+    cuda::persistent_decode_run(
+        context(), plan.get(),
+        {.rows = nothing, .table = d_table, .table_ld = static_cast<int64_t>(ld), .block_shift = 4});
+  }
   std::vector<int32_t> drawn(n);
   for (int32_t step = 0; step < 2; step++) {
     std::vector<int32_t> gpu_ids(n);
@@ -217,6 +228,19 @@ TEST_F(PersistentDecode, EqualsTheStepOfTheCpu) {
       Pair pair(shape, weights);
       for (const KvFormat kv : {KvFormat::bf16, KvFormat::i8}) {
         run(shape, pair, kv, {0});
+        run(shape, pair, kv, {70, 15});
+        run(shape, pair, kv, {300, 0, 1, 15, 16, 17, 63, 64});
+      }
+    }
+  }
+}
+
+TEST_F(PersistentDecode, KnownShapesEqualTheStepOfTheCpu) {
+  for (const Shape& shape : known_shapes) {
+    for (const WeightFormat weights : {WeightFormat::bf16, WeightFormat::i8}) {
+      Pair pair(shape, weights);
+      for (const KvFormat kv : {KvFormat::bf16, KvFormat::i8}) {
+        for (const int32_t depth : {0, 1, 15, 16, 63, 127, 128, 300, 1118, 1119, 2239}) run(shape, pair, kv, {depth});
         run(shape, pair, kv, {70, 15});
         run(shape, pair, kv, {300, 0, 1, 15, 16, 17, 63, 64});
       }
