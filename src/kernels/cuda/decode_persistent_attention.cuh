@@ -239,7 +239,8 @@ __device__ __forceinline__ void attend(const Params& p, unsigned char* smem, con
 #pragma unroll 1
   for (int round = 0; round < n_round; round++) {
     unsigned char* const buffer = ring + round % 2 * R::bytes;
-    cp_async_wait<1>();
+    if (round == 0) cp_async_wait<1>();  // the second round's keys may be on their way
+    else cp_async_wait<0>();
     __syncthreads();  // queries, the own key and value, the round's keys; the former round is done
     if (round > 0) {
       if (round + 1 < n_round) copy_round<T, D>(p, smem, share, layer, round + 1);
