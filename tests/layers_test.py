@@ -34,7 +34,8 @@ THIRD_PARTY = {
     "boost/": ["serve/"],
     "openssl/": ["serve/"],
     "spdlog/": ["base/log.cpp"],
-    "gtest/": ["_test.cpp", "kernels/cases/", "text/text_test_files.h", "grammar/grammar_test_util.h"],
+    "gtest/": ["_test.cpp", "kernels/cases/", "text/text_test_files.h", "grammar/grammar_test_util.h",
+             "serve/server_test_fixture.h"],
 }
 
 MAX_LINES = 1000

@@ -7,6 +7,7 @@ import subprocess
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
+TRAINED = SHARED / "models/qwen3-8m"  # a model that talks; not everywhere
 BINARY = pathlib.Path(os.environ.get("MINIMIND", ROOT / "build/release/minimind"))
 
 # Texts that tokenizers get wrong: scripts, joined emoji, combining marks, odd white space, special tokens in the text.

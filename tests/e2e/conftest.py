@@ -1,9 +1,26 @@
-"""Fixtures of the chat page's tests: a headless Chromium, a server that plays along, pages that must not complain."""
+"""Fixtures of several files: a model that talks; for the chat page's tests a headless Chromium, a server that plays along,
+pages that must not complain."""
+import json
 import os
 import shutil
 
 import pytest
 from page_server import PageServer
+from support import CONFIGS, TRAINED, output
+
+
+@pytest.fixture(scope="session")
+def model(corpus, chats, tokenizer_dir, tmp_path_factory):
+    """A model that talks, or one made here in a few seconds that says anything."""
+    if TRAINED.is_dir():
+        return TRAINED
+    folder = tmp_path_factory.mktemp("serve")
+    (folder / "config.json").write_text(json.dumps({**CONFIGS["qwen3"], "max_position_embeddings": 2048}))
+    args = ["--steps", 120, "--batch-size", 8, "--accumulation-steps", 1, "--lr", 3e-3, "--quiet"]
+    output("pretrain", "--data", corpus, "--tokenizer", tokenizer_dir, "--preset", folder / "config.json", "--seq-len", 64,
+           "--output", folder / "base", *args)
+    output("sft", "--data", chats, "--model", folder / "base", "--seq-len", 128, "--output", folder / "chat", *args)
+    return folder / "chat"
 
 
 def chromium_path():

@@ -3,8 +3,9 @@ import json
 import re
 
 import pytest
+from page_actions import answer, ask, done, expect, texts
+from page_samples import MARKDOWN, VALUES
 from page_server import WEB, Reply, tool_call
-from page_test import MARKDOWN, VALUES, answer, ask, done, expect, texts
 
 PHONE = {"viewport": {"width": 320, "height": 568}, "is_mobile": True, "has_touch": True}
 PANELS = ["settings", "blocks", "server"]

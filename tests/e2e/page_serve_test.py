@@ -3,8 +3,9 @@ import json
 import re
 
 import pytest
-from page_test import answer, ask, done, expect, texts
-from serve_test import TRAINED, serving
+from page_actions import answer, ask, done, expect, texts
+from serving import serving
+from support import TRAINED
 
 
 @pytest.fixture(scope="module")
