@@ -51,7 +51,7 @@ void linear_i8(const Device& dev, View y, View x, const InferMatrix& w, View res
 bool linear_few(const Device& dev, View y, View x, View norm, float eps, const InferMatrix& w, View residual = {},
                 bool swiglu = false);
 
-// A step whose products cuda::linear_wide computes (33 to 128 tokens on a Hopper). Who writes the residual stream x
+// A step whose products cuda::linear_wide computes (5 to 128 tokens on a Hopper). Who writes the residual stream x
 // [n_tok, d_model] also writes what the product behind the next norm reads instead: `scaled` = x times the norm's
 // weight, and `squares` f32 [d_model / 64, n_tok], sums of squares of 64 columns of x.
 struct ScaledRows {

@@ -96,7 +96,7 @@ bool linear_few_fits(DType t, const FewLinear& a);  // k a multiple of 32, rows 
 // Is it faster than a norm, a product by the library and what follows, launched one after another (weights of type T)?
 bool linear_few_pays(const FewLinear& a);
 void linear_few(const Context& ctx, DType t, const FewLinear& a);
-// The same for 33 to 128 tokens, by the tensor cores of a Hopper (linear_wide.cu): bf16, outputs a multiple of 4, k of
+// The same for up to 128 tokens, by the tensor cores of a Hopper (linear_wide.cu): bf16, outputs a multiple of 4, k of
 // 64, addresses aligned to 16 bytes, and all of it one wave of blocks.
 bool linear_wide_fits(const Context& ctx, DType t, const FewLinear& a);
 void linear_wide(const Context& ctx, DType t, const FewLinear& a);

@@ -1,4 +1,4 @@
-// y [m, n] = f(x [m, k] w^T / rms) (+ residual) in bf16 for the 33 to 128 tokens of a decode step on a Hopper (TMA,
+// y [m, n] = f(x [m, k] w^T / rms) (+ residual) in bf16 for up to 128 tokens of a decode step on a Hopper (TMA,
 // wgmma), with what is left of the RMSNorm before, and the SwiGLU or the residual behind, in the same launch:
 //
 //   tile      kTiles times 64 weight rows, the rows of wgmma m64nNk16 (with SwiGLU half of them of the gate, half of
