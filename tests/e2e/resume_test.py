@@ -92,7 +92,10 @@ def saving(out):
 
 
 def checkpoints(out):
-    return sorted(p for p in (out / "checkpoints").glob("step-*"))
+    try:
+        return sorted((out / "checkpoints").glob("step-*"))
+    except FileNotFoundError:  # removed between glob's two looks: a run that begins with --overwrite
+        return []
 
 
 def wait_for(process, condition, seconds=60):
