@@ -148,31 +148,38 @@ void Worker::product_swiglu(const Operand& x, const FfnGroup& g, const Operand& 
   const InferMatrix& w = *g.gate_up;
   const int64_t up = w.n / 2 / infer_panel, units = w.n / 64;
   float a[32];
-  const bool streams = use_few(x, g.rows);
-  // Half of gate_up's own panels are gate rows, so its stream starts where the thread's share of units does.
-  const WeightStream gate = stream_to(w, 2 * end_of(units), nullptr),
-                     ups = stream_to(w, up + 2 * end_of(units), g.down);
-  for (int64_t u = begin_of(units); u < end_of(units); u++) {
-    const uint16_t *gate_tiles = nullptr, *up_tiles = nullptr;
-    if (!streams) gate_tiles = expanded(w, 2 * u, 2, 0), up_tiles = expanded(w, up + 2 * u, 2, 2);
-    for (int64_t r = 0; r < g.rows; r += 32) {
-      const int64_t n_row = std::min<int64_t>(32, g.rows - r), ldc = streams ? few_columns : 32;
-      if (streams) {
-        few(b_.c, x, g.input_row + r, n_row, w, 2 * u, 2, gate);
-        few(b_.c2, x, g.input_row + r, n_row, w, up + 2 * u, 2, ups);
-      } else {
+  const auto deliver = [&](int64_t r, int64_t n_row, int64_t u, int64_t n_unit, int64_t ldc) {
+    for (int64_t i = 0; i < n_row; i++) {
+      for (int64_t j = 0; j < n_unit; j++) {
+        k_.swiglu(a, b_.c + i * ldc + 32 * j, b_.c2 + i * ldc + 32 * j, 32);
+        put_cols(act, g.row0 + r + i, 32 * (u + j), 32, a);
+      }
+    }
+  };
+  if (use_few(x, g.rows)) {
+    // Half of gate_up's own panels are gate rows, so its stream starts where the thread's share of units does.
+    const WeightStream gate = stream_to(w, 2 * end_of(units), nullptr),
+                       ups = stream_to(w, up + 2 * end_of(units), g.down);
+    for (int64_t u = begin_of(units); u < end_of(units); u += few_panels / 2) {
+      const int64_t n_unit = std::min(few_panels / 2, end_of(units) - u);
+      few(b_.c, x, g.input_row, g.rows, w, 2 * u, 2 * n_unit, gate);
+      few(b_.c2, x, g.input_row, g.rows, w, up + 2 * u, 2 * n_unit, ups);
+      deliver(0, g.rows, u, n_unit, few_columns);
+    }
+  } else {
+    for (int64_t u = begin_of(units); u < end_of(units); u++) {
+      const uint16_t *gate_tiles = expanded(w, 2 * u, 2, 0), *up_tiles = expanded(w, up + 2 * u, 2, 2);
+      for (int64_t r = 0; r < g.rows; r += 32) {
+        const int64_t n_row = std::min<int64_t>(32, g.rows - r);
         const bool ask = r == 0 && u + 1 < end_of(units);
         many(b_.c, x, g.input_row + r, n_row, 2, gate_tiles, ask ? behind(w, gate_tiles) : nullptr);
         many(b_.c2, x, g.input_row + r, n_row, 2, up_tiles, ask ? behind(w, up_tiles) : nullptr);
-      }
-      for (int64_t i = 0; i < n_row; i++) {
-        k_.swiglu(a, b_.c + i * ldc, b_.c2 + i * ldc, 32);
-        put_cols(act, g.row0 + r + i, 32 * u, 32, a);
+        deliver(r, n_row, u, 1, 32);
       }
     }
-    if (u + 1 == units) {
-      for (int64_t r = 0; r < g.rows; r++) finish_row(act, g.row0 + r);
-    }
+  }
+  if (end_of(units) == units) {
+    for (int64_t r = 0; r < g.rows; r++) finish_row(act, g.row0 + r);
   }
 }
 

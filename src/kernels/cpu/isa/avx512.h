@@ -90,6 +90,13 @@ MM_INLINE const char* ahead_of(const void* p, const WeightStream& stream) {
   const char* q = static_cast<const char*>(p) + ahead;
   return q < stream.end ? q : stream.next + (q - stream.end);
 }
+// The same for S streams side by side: p's own goes on for `left` bytes, and behind all S of `size` bytes come the next S.
+// All together ask for no more than one would.
+template <int S>
+MM_INLINE const char* ahead_of_streams(const void* p, int64_t left, int64_t size, const WeightStream& stream) {
+  const char* q = static_cast<const char*>(p) + ahead / S + (ahead / S < left ? 0 : (S - 1) * size);
+  return q < stream.end ? q : stream.next + (q - stream.end);
+}
 // Into L2: what goes to L1 keeps one of its few fill buffers for as long as memory takes (64M bf16, one core: 109
 // tokens a second with T0, 160 with T1; with weights in the last-level cache no difference).
 MM_INLINE void prefetch(const char* p) { _mm_prefetch(p, _MM_HINT_T1); }
