@@ -39,16 +39,25 @@ def test_many_clients(server):
 
 
 def test_a_client_that_leaves_is_cancelled(server, client):
-    before = server.metrics()["minimind_requests_cancelled_total"]
-    stream = chat(client, stream=True, max_tokens=1900, extra_body={"ignore_eos": True})
-    next(iter(stream))
-    stream.close()
-    with server.connect() as s:  # and one that does not stream
-        body = json.dumps({"messages": HI, "max_tokens": 1900, "ignore_eos": True})
-        s.sendall(f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
-        time.sleep(0.3)
-    assert server.wait(lambda: server.metrics()["minimind_requests_cancelled_total"] >= before + 2)
-    assert server.wait(lambda: server.metrics()["minimind_kv_blocks_used"] == 0)
+    def leave_stream():
+        stream = chat(client, stream=True, max_tokens=1900, n=8, extra_body={"ignore_eos": True})
+        next(iter(stream))
+        stream.close()
+
+    def leave_silently():  # does not stream
+        with server.connect() as s:
+            body = json.dumps({"messages": HI, "max_tokens": 1900, "n": 8, "ignore_eos": True})
+            s.sendall(f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+            server.wait(lambda: server.metrics()["minimind_requests_running"] > 0, seconds=1)
+    for leave in (leave_stream, leave_silently):
+        for _ in range(5):  # a fast server may be done before a busy machine lets this client leave
+            before = server.metrics()["minimind_requests_cancelled_total"]
+            leave()
+            assert server.wait(lambda: server.metrics()["minimind_kv_blocks_used"] == 0)
+            if server.metrics()["minimind_requests_cancelled_total"] > before:
+                break
+        else:
+            pytest.fail(f"{leave.__name__}: never cancelled")
 
 
 def test_overload(model):
@@ -98,7 +107,7 @@ def test_hostile_peers_cost_nobody_else_anything(model):
                         body = json.dumps({"messages": HI, "stream": True, "max_tokens": 1900, "ignore_eos": True, "n": 8,
                                            "logprobs": True, "top_logprobs": 20})
                         s.sendall(f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
-                        stop.wait(3)
+                        stop.wait(8)
                         s.close()
                     elif kind == "drop":
                         with server.connect() as s:
@@ -112,9 +121,10 @@ def test_hostile_peers_cost_nobody_else_anything(model):
         threads = [threading.Thread(target=hostile, args=(k,)) for k in ("bytes", "json", "huge", "keys", "slow", "drop", "header")]
         for t in threads:
             t.start()
-        end = time.time() + 6
+        start = time.time()
         try:
-            while time.time() < end:
+            # A busy machine takes a while to fill the buffers of a client that does not read.
+            while time.time() < start + 6 or (server.metrics()["minimind_slow_clients_total"] == 0 and time.time() < start + 40):
                 assert chat(client).choices[0].message.content == expected
         finally:
             stop.set()

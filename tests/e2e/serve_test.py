@@ -187,6 +187,16 @@ def test_other_ways_to_run(model, flags):
         assert e.value.code == "context_length_exceeded"
 
 
+def test_a_draft_model_changes_no_answer(model):
+    args = {"max_tokens": 60, "temperature": 0, "extra_body": {"ignore_eos": True}}
+    with serving(model) as plain:
+        expected = chat(plain.client(), **args).choices[0].message.content
+    with serving(model, "--draft-model", model, "--draft-tokens", 3) as server:  # itself: what it proposes is taken
+        assert chat(server.client(), **args).choices[0].message.content == expected
+        m = server.metrics()
+        assert 0.9 * m["minimind_draft_tokens_total"] <= m["minimind_accepted_tokens_total"] > 30
+
+
 def test_config_file_and_names(model, tmp_path):
     config = tmp_path / "serve.toml"
     config.write_text('max_sequences = 2\ntemperature = 0\nserved_name = ["one", "*"]\n')

@@ -90,8 +90,8 @@ MM_INLINE const char* ahead_of(const void* p, const WeightStream& stream) {
   const char* q = static_cast<const char*>(p) + ahead;
   return q < stream.end ? q : stream.next + (q - stream.end);
 }
-// The same for S streams side by side: p's own goes on for `left` bytes, and behind all S of `size` bytes come the next S.
-// All together ask for no more than one would.
+// The same for S streams side by side: p's own goes on for `left` bytes, and behind all S of `size` bytes come the next
+// S. All together ask for no more than one would.
 template <int S>
 MM_INLINE const char* ahead_of_streams(const void* p, int64_t left, int64_t size, const WeightStream& stream) {
   const char* q = static_cast<const char*>(p) + ahead / S + (ahead / S < left ? 0 : (S - 1) * size);

@@ -6,12 +6,12 @@ namespace mm {
 
 namespace {
 
-// One row with S x `each` panels, read as S streams side by side: panel p of stream s is panel s each + p. Memory serves
-// four places at once faster than one (bf16, 128 MB, one core: 24 to 27 GB/s instead of 22 to 24). A panel's sums run in
-// 4 vectors (the pairs of a tile in turn), so that latency hides behind 4 chains.
+// One row with S x `each` panels, read as S streams side by side: panel p of stream s is panel s each + p. Memory
+// serves four places at once faster than one (bf16, 128 MB, one core: 24 to 27 GB/s instead of 22 to 24). A panel's
+// sums run in 4 vectors (the pairs of a tile in turn), so that latency hides behind 4 chains.
 template <int S>
 void streams_bf16(float* out, const uint16_t* w, int64_t kp, int64_t each, const uint16_t* x,
-                const WeightStream& stream) {
+                  const WeightStream& stream) {
   const int64_t panel = kp * 16;
   for (int64_t p = 0; p < each; p++) {
     __m512 acc[S][4] = {};
@@ -37,8 +37,8 @@ void streams_bf16(float* out, const uint16_t* w, int64_t kp, int64_t each, const
     }
 #pragma GCC unroll 4
     for (int s = 0; s < S; s++)
-      _mm512_storeu_ps(out + (s * each + p) * 16, _mm512_add_ps(_mm512_add_ps(acc[s][0], acc[s][1]),
-                                                                _mm512_add_ps(acc[s][2], acc[s][3])));
+      _mm512_storeu_ps(out + (s * each + p) * 16,
+                       _mm512_add_ps(_mm512_add_ps(acc[s][0], acc[s][1]), _mm512_add_ps(acc[s][2], acc[s][3])));
   }
 }
 
@@ -122,58 +122,6 @@ void few_i8_m(float* out, int64_t ldo, const uint8_t* w, int64_t kp, int64_t pan
   }
 }
 
-// As streams_bf16.
-template <int S>
-void streams_i8(float* out, const uint8_t* w, int64_t kp, int64_t each, const int8_t* x, const WeightStream& stream) {
-  const int64_t panel = kp / 64 * infer_i8_block;
-  const auto* scales = reinterpret_cast<const float*>(x + kp);
-  const auto* corrections = reinterpret_cast<const int32_t*>(x + kp + kp / 32 * 4);
-  for (int64_t p = 0; p < each; p++) {
-    __m512 acc[S] = {};
-    for (int64_t b = 0; b < kp / 64; b++) {
-      const int64_t at = p * panel + b * infer_i8_block;
-      const uint8_t* from[S];
-      const char* soon[S];
-#pragma GCC unroll 4
-      for (int s = 0; s < S; s++) {
-        from[s] = w + s * each * panel + at;
-        soon[s] = ahead_of_streams<S>(from[s], each * panel - at, each * panel, stream);
-        prefetch(soon[s] + 1024);
-      }
-#pragma GCC unroll 2
-      for (int g = 0; g < 2; g++) {
-        __m512i sum[S];
-#pragma GCC unroll 4
-        for (int s = 0; s < S; s++) sum[s] = _mm512_set1_epi32(corrections[2 * b + g]);
-#pragma GCC unroll 8
-        for (int q = 0; q < 8; q++) {
-          const __m512i xq = set1_quad(x + b * 64 + g * 32 + q * 4);
-#pragma GCC unroll 4
-          for (int s = 0; s < S; s++) {
-            prefetch(soon[s] + g * 512 + q * 64);
-            sum[s] = _mm512_dpbusd_epi32(sum[s], _mm512_loadu_si512(from[s] + g * 512 + q * 64), xq);
-          }
-        }
-        const __m512 xs = _mm512_set1_ps(scales[2 * b + g]);
-#pragma GCC unroll 4
-        for (int s = 0; s < S; s++) {
-          const __m512 ws =
-              _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from[s] + 1024 + g * 32)));
-          acc[s] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[s]), _mm512_mul_ps(ws, xs), acc[s]);
-        }
-      }
-    }
-#pragma GCC unroll 4
-    for (int s = 0; s < S; s++) _mm512_storeu_ps(out + (s * each + p) * 16, acc[s]);
-  }
-}
-
-void few_i8_1(float* out, const uint8_t* w, int64_t kp, int64_t panels, const int8_t* x, const WeightStream& stream) {
-  const int64_t done = panels / 4 * 4;
-  streams_i8<4>(out, w, kp, panels / 4, x, stream);
-  streams_i8<1>(out + done * 16, w + done * (kp / 64 * infer_i8_block), kp, panels - done, x, stream);
-}
-
 void few_i8(float* out, int64_t ldo, const uint8_t* w, int64_t kp, int64_t panels, const int8_t* x, int64_t ldx,
             int64_t m, const WeightStream& stream) {
   while (m > 0) {
@@ -182,7 +130,7 @@ void few_i8(float* out, int64_t ldo, const uint8_t* w, int64_t kp, int64_t panel
     else if (m >= 4) few_i8_m<4>(out, ldo, w, kp, panels, x, ldx, stream), n = 4;
     else if (m == 3) few_i8_m<3>(out, ldo, w, kp, panels, x, ldx, stream), n = 3;
     else if (m == 2) few_i8_m<2>(out, ldo, w, kp, panels, x, ldx, stream), n = 2;
-    else few_i8_1(out, w, kp, panels, x, stream);
+    else few_i8_m<1>(out, ldo, w, kp, panels, x, ldx, stream);
     out += n * ldo, x += n * ldx, m -= n;
   }
 }
