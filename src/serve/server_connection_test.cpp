@@ -72,11 +72,14 @@ TEST_F(ServerTest, DrainEndsWhatRunsAndRefusesTheRest) {
   running.until("begin");
   std::thread ending([&] {
     std::this_thread::sleep_for(std::chrono::milliseconds(300));
-    Client late(server->url());
+    Client late(server->url()), later(server->url());
     late.post(kChatPath, kChat);
     const auto a = late.answer();
     EXPECT_EQ(a.status, 503);
     EXPECT_NE(a.head.find("Connection: close"), std::string::npos);
+    std::this_thread::sleep_for(std::chrono::milliseconds(400));  // a request that takes a while to arrive
+    later.post(kChatPath, kChat);
+    EXPECT_EQ(later.answer().status, 503);
     give(piece("end", true));
   });
   server->drain(5);

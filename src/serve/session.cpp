@@ -27,6 +27,7 @@ constexpr size_t kHeaderLimit = 16 << 10;
 constexpr size_t kReadAhead = 64 << 10;  // bytes of further requests, or of anything without an end, kept at most
 constexpr size_t kLargeBody = 64 << 10;  // read and encoded apart
 constexpr double kLingerSeconds = 3;
+constexpr double kDrainGraceSeconds = 1;  // for a request that is on its way when draining begins
 
 Clock::duration seconds(double s) {
   return std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(s));
@@ -48,6 +49,7 @@ class Session : public Connection, public std::enable_shared_from_this<Session<S
     socket().set_option(tcp::socket::send_buffer_size(256 << 10),
                         ignored);  // what a slow reader can hold in the kernel
     if (const auto peer = socket().remote_endpoint(ignored); !ignored) peer_ = peer.address().to_string();
+    begun_ = Clock::now();
     wait_until(service_.options.read_seconds);
     if constexpr (std::is_same_v<Stream, TlsStream>) {
       state_ = State::handshake;
@@ -98,7 +100,8 @@ class Session : public Connection, public std::enable_shared_from_this<Session<S
         if (now > deadline_) drop();
         break;
       case State::idle:
-        if (!writing_op_ && (now > deadline_ || service_.draining)) drop();
+        if (!writing_op_ && (now > deadline_ || (service_.draining && now > begun_ + seconds(kDrainGraceSeconds))))
+          drop();
         break;
       case State::reading:
         if (now > deadline_) refuse_and_close({408, "request_timeout", "", "The request did not arrive in time."});
@@ -408,7 +411,8 @@ class Session : public Connection, public std::enable_shared_from_this<Session<S
   Workers& workers_;
   Stream stream_;
   State state_ = State::idle;
-  Clock::time_point deadline_, progress_, last_output_, begun_;
+  Clock::time_point deadline_, progress_, last_output_;
+  Clock::time_point begun_;  // the connection, then its last request
   int status_ = 0;
   std::array<char, 16 << 10> chunk_;
   std::string peer_;  // its address; the client in whose name it asks, where a request names none
