@@ -7,17 +7,7 @@
 namespace mm {
 
 RowSampling plain_row(const EngineRequest& r, int choice, int64_t position) {
-  const SamplingParams& p = r.sampling;
-  return {.temperature = p.greedy ? 0.0f : p.temperature,
-          .top_k = p.top_k,
-          .top_p = p.top_p,
-          .min_p = p.min_p,
-          .repetition = p.repetition_penalty,
-          .presence = p.presence_penalty,
-          .frequency = p.frequency_penalty,
-          .seed = p.seed,
-          .stream = r.stream + static_cast<uint64_t>(choice),
-          .index = static_cast<uint64_t>(position + 1)};
+  return sampling_of(r.sampling, r.stream + static_cast<uint64_t>(choice), static_cast<uint64_t>(position + 1));
 }
 
 DraftModel::DraftModel(std::unique_ptr<Runner> runner, const RunnerLimits& limits, int64_t block_size)

@@ -80,6 +80,19 @@ static float kth_largest(std::span<const float> x, size_t k, std::vector<float>&
   return pool[k - 1];
 }
 
+RowSampling sampling_of(const SamplingParams& p, uint64_t stream, uint64_t index) {
+  return {.temperature = p.greedy ? 0.0f : p.temperature,
+          .top_k = p.top_k,
+          .top_p = p.top_p,
+          .min_p = p.min_p,
+          .repetition = p.repetition_penalty,
+          .presence = p.presence_penalty,
+          .frequency = p.frequency_penalty,
+          .seed = p.seed,
+          .stream = stream,
+          .index = index};
+}
+
 // Parameters of a row from a whole history; its edits are left in edits_.
 RowSampling Sampler::row_of(const SamplingParams& p, std::span<const int32_t> history, int64_t n_prompt,
                             uint64_t stream) {
@@ -96,16 +109,7 @@ RowSampling Sampler::row_of(const SamplingParams& p, std::span<const int32_t> hi
     }
     for (const LogitEdit& e : edits_) place_[static_cast<size_t>(e.id)] = 0;
   }
-  return {.temperature = p.greedy ? 0.0f : p.temperature,
-          .top_k = p.top_k,
-          .top_p = p.top_p,
-          .min_p = p.min_p,
-          .repetition = p.repetition_penalty,
-          .presence = p.presence_penalty,
-          .frequency = p.frequency_penalty,
-          .seed = p.seed,
-          .stream = stream,
-          .index = history.size()};
+  return sampling_of(p, stream, history.size());
 }
 
 static void apply_edits(std::span<float> scores, const RowSampling& row, std::span<const LogitEdit> edits) {

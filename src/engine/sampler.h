@@ -32,6 +32,9 @@ struct SamplingParams {
 // Error naming the field when a value is out of range.
 void check_sampling(const SamplingParams& params);
 
+// A row's parameters as an engine step holds them; the draw depends on (seed, stream, index).
+RowSampling sampling_of(const SamplingParams& params, uint64_t stream, uint64_t index);
+
 struct Candidate {
   int32_t id;
   float prob;  // after all filters; the candidates' sum to 1

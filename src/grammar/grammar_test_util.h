@@ -12,6 +12,7 @@
 #include "base/fs.h"
 #include "base/json.h"
 #include "base/rng.h"
+#include "base/test_error.h"
 #include "grammar/grammar.h"
 
 namespace mm {
@@ -116,17 +117,6 @@ inline std::string random_text(const GrammarPtr& grammar, const TokenTable& tabl
   }
   ADD_FAILURE() << "no end after " << longest << " tokens: " << text.substr(0, 300);
   return text;
-}
-
-// The message of the Error that f throws, or "" if it throws none.
-template <class F>
-std::string error_of(F&& f) {
-  try {
-    f();
-  } catch (const Error& e) {
-    return e.what();
-  }
-  return "";
 }
 
 inline GrammarPtr schema_of(const std::string& text) {

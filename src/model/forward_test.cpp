@@ -9,34 +9,18 @@
 #include "base/error.h"
 #include "base/rng.h"
 #include "model/lm_head.h"
+#include "model/test_config.h"
 
 namespace mm {
 namespace {
 
-ModelConfig tiny_config() {
-  ModelConfig c;
-  c.hidden_size = 32;
-  c.intermediate_size = 48;
-  c.num_hidden_layers = 2;
-  c.num_attention_heads = 4;
-  c.num_key_value_heads = 2;
-  c.head_dim = 10;
-  c.vocab_size = 53;
-  c.max_position_embeddings = 64;
-  return c;
-}
-
 std::vector<ModelConfig> configs() {
-  ModelConfig llama = tiny_config(), moe = tiny_config(), yarn = tiny_config();
+  ModelConfig llama = tiny_config(), yarn = tiny_config();
   llama.architecture = "LlamaForCausalLM";
   llama.qk_norm = false;
   llama.tie_word_embeddings = false;
-  moe.architecture = "Qwen3MoeForCausalLM";
-  moe.num_experts = 4;
-  moe.num_experts_per_tok = 2;
-  moe.moe_intermediate_size = 24;
   yarn.rope_scaling = YarnScaling{.factor = 4, .original_max_position_embeddings = 16};
-  return {tiny_config(), llama, moe, yarn};
+  return {tiny_config(), llama, moe_config(), yarn};
 }
 
 std::unique_ptr<Model> lively_model(const ModelConfig& c) {

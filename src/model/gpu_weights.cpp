@@ -1,10 +1,10 @@
 #include "model/gpu_weights.h"
 
 #include <algorithm>
-#include <cmath>
 
 #include "base/error.h"
 #include "kernels/ops_infer.h"
+#include "model/infer_weights.h"
 
 namespace mm {
 
@@ -89,25 +89,11 @@ void GpuWeights::build(const Model& source, bool fill) {
     to.down = matrix(host.down, mine.down, i8);
   }
   const View embed = replica_->weights.embed;
-  model_ = {.d_model = c.hidden_size,
-            .d_ff = c.ffn_width(),
-            .n_layer = c.num_hidden_layers,
-            .n_vocab = c.vocab_size,
-            .n_head = static_cast<int>(c.num_attention_heads),
-            .n_kv_head = static_cast<int>(c.num_key_value_heads),
-            .d_head = static_cast<int>(c.head_dim),
-            .n_expert = static_cast<int>(c.num_experts),
-            .n_expert_per_tok = static_cast<int>(c.num_experts_per_tok),
-            .n_shared = static_cast<int>(c.n_shared_experts),
-            .norm_topk = c.norm_topk_prob,
-            .eps = c.rms_norm_eps,
-            .attention_scale = 1.0f / std::sqrt(static_cast<float>(c.head_dim)),
-            .cos = replica_->rope.cos(),
-            .sin = replica_->rope.sin(),
-            .layers = layers_.data(),
-            .embed = {.format = native, .data = embed.data, .n = c.vocab_size, .k = c.hidden_size},
-            .final_norm = norm(source.weights.final_norm),
-            .head = matrix(source.weights.head, replica_->weights.head, i8)};
+  model_ = infer_dimensions(c, replica_->rope);
+  model_.layers = layers_.data();
+  model_.embed = {.format = native, .data = embed.data, .n = c.vocab_size, .k = c.hidden_size};
+  model_.final_norm = norm(source.weights.final_norm);
+  model_.head = matrix(source.weights.head, replica_->weights.head, i8);
   if (fill) {
     synchronize(dev_.stream);
     return;

@@ -9,6 +9,24 @@
 
 namespace mm {
 
+InferModel infer_dimensions(const ModelConfig& c, const RopeTable& rope) {
+  return {.d_model = c.hidden_size,
+          .d_ff = c.ffn_width(),
+          .n_layer = c.num_hidden_layers,
+          .n_vocab = c.vocab_size,
+          .n_head = static_cast<int>(c.num_attention_heads),
+          .n_kv_head = static_cast<int>(c.num_key_value_heads),
+          .d_head = static_cast<int>(c.head_dim),
+          .n_expert = static_cast<int>(c.num_experts),
+          .n_expert_per_tok = static_cast<int>(c.num_experts_per_tok),
+          .n_shared = static_cast<int>(c.n_shared_experts),
+          .norm_topk = c.norm_topk_prob,
+          .eps = c.rms_norm_eps,
+          .attention_scale = 1.0f / std::sqrt(static_cast<float>(c.head_dim)),
+          .cos = rope.cos(),
+          .sin = rope.sin()};
+}
+
 InferWeights::InferWeights(const Model& model, WeightFormat format, int64_t positions)
     : config_(model.config), format_(format), rope_(model.config) {
   MM_CHECK(format != WeightFormat::f16, "f16 weights are of a GPU");
@@ -84,28 +102,11 @@ void InferWeights::build(const Model& source, bool fill) {
       for (int64_t i = begin; i < end; i++) static_cast<uint16_t*>(rows)[i] = float_to_bf16(embed.f32()[i]);
     });
   }
-  model_ = {.d_model = c.hidden_size,
-            .d_ff = c.ffn_width(),
-            .n_layer = c.num_hidden_layers,
-            .n_vocab = c.vocab_size,
-            .n_head = static_cast<int>(c.num_attention_heads),
-            .n_kv_head = static_cast<int>(c.num_key_value_heads),
-            .d_head = static_cast<int>(c.head_dim),
-            .n_expert = static_cast<int>(c.num_experts),
-            .n_expert_per_tok = static_cast<int>(c.num_experts_per_tok),
-            .n_shared = static_cast<int>(c.n_shared_experts),
-            .norm_topk = c.norm_topk_prob,
-            .eps = c.rms_norm_eps,
-            .attention_scale = 1.0f / std::sqrt(static_cast<float>(c.head_dim)),
-            .cos = rope_.cos(),
-            .sin = rope_.sin(),
-            .layers = layers_.data(),
-            .embed = {.format = f32 ? WeightFormat::f32 : WeightFormat::bf16,
-                      .data = rows,
-                      .n = c.vocab_size,
-                      .k = c.hidden_size},
-            .final_norm = vector(source.weights.final_norm, fill),
-            .head = matrix(source.weights.head, format_, fill)};
+  model_ = infer_dimensions(c, rope_);
+  model_.layers = layers_.data();
+  model_.embed = {.format = f32 ? WeightFormat::f32 : WeightFormat::bf16, .data = rows, .n = c.vocab_size, .k = c.hidden_size};
+  model_.final_norm = vector(source.weights.final_norm, fill);
+  model_.head = matrix(source.weights.head, format_, fill);
 }
 
 }  // namespace mm

@@ -11,6 +11,9 @@
 
 namespace mm {
 
+// Sizes and rotary tables; layers and matrices are left to whoever lays the weights out.
+InferModel infer_dimensions(const ModelConfig& config, const RopeTable& rope);
+
 class InferWeights {
  public:
   // positions: rotary tables for positions below it. CPU: any format but f16.

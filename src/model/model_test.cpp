@@ -11,31 +11,10 @@
 #include "base/error.h"
 #include "base/fs.h"
 #include "formats/safetensors.h"
+#include "model/test_config.h"
 
 namespace mm {
 namespace {
-
-ModelConfig tiny_config() {
-  ModelConfig c;
-  c.hidden_size = 32;
-  c.intermediate_size = 48;
-  c.num_hidden_layers = 2;
-  c.num_attention_heads = 4;
-  c.num_key_value_heads = 2;
-  c.head_dim = 10;
-  c.vocab_size = 53;
-  c.max_position_embeddings = 64;
-  return c;
-}
-
-ModelConfig moe_config() {
-  ModelConfig c = tiny_config();
-  c.architecture = "Qwen3MoeForCausalLM";
-  c.num_experts = 4;
-  c.num_experts_per_tok = 2;
-  c.moe_intermediate_size = 24;
-  return c;
-}
 
 class ModelFolder : public testing::Test {
  protected:

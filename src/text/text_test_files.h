@@ -10,6 +10,7 @@
 #include "base/error.h"
 #include "base/fs.h"
 #include "base/json.h"
+#include "base/test_error.h"
 
 namespace mm {
 
@@ -22,17 +23,6 @@ inline std::vector<ordered_json> json_lines(const std::string& path, size_t at_m
   std::vector<ordered_json> rows;
   for (std::string line; rows.size() < at_most && std::getline(in, line);) rows.push_back(parse_json(line, path));
   return rows;
-}
-
-// The message of the Error that f throws, or "" if it throws none.
-template <class F>
-std::string error_of(F&& f) {
-  try {
-    f();
-  } catch (const Error& e) {
-    return e.what();
-  }
-  return "";
 }
 
 }  // namespace mm

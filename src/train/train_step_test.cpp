@@ -10,31 +10,24 @@
 
 #include "base/rng.h"
 #include "base/thread_team.h"
+#include "model/test_config.h"
 
 namespace mm {
 namespace {
 
 constexpr int32_t vocabulary = 61;
 
-ModelConfig tiny_config() {
-  ModelConfig c;
-  c.hidden_size = 32;
-  c.intermediate_size = 48;
-  c.num_hidden_layers = 2;
-  c.num_attention_heads = 4;
-  c.num_key_value_heads = 2;
+ModelConfig small_config() {
+  ModelConfig c = tiny_config();
   c.head_dim = 8;
   c.vocab_size = vocabulary;
-  c.max_position_embeddings = 64;
   return c;
 }
 
-ModelConfig moe_config(float balance) {
-  ModelConfig c = tiny_config();
-  c.architecture = "Qwen3MoeForCausalLM";
-  c.num_experts = 4;
-  c.num_experts_per_tok = 2;
-  c.moe_intermediate_size = 24;
+ModelConfig small_moe_config(float balance) {
+  ModelConfig c = moe_config();
+  c.head_dim = 8;
+  c.vocab_size = vocabulary;
   c.router_aux_loss_coef = balance;
   return c;
 }
@@ -110,7 +103,7 @@ void expect_equal_steps(const Model& model, const Outcome& a, const Outcome& b) 
 const std::vector<int> some_lengths{23, 5, 31, 2, 17, 29, 11, 8};
 
 TEST(TrainStep, PackedEqualsPadded) {
-  for (const ModelConfig& c : {tiny_config(), moe_config(0)}) {  // the balance loss counts padding, as MiniMind's does
+  for (const ModelConfig& c : {small_config(), small_moe_config(0)}) {  // the balance loss counts padding, as MiniMind's does
     const auto model = lively_model(c);
     const Rows rows = random_rows(some_lengths);
     const Outcome packed = accumulate(*model, {batch_of(rows, 0, rows.size(), 0)}),
@@ -121,7 +114,7 @@ TEST(TrainStep, PackedEqualsPadded) {
 }
 
 TEST(TrainStep, AccumulatedMicroBatchesEqualOneBatch) {
-  for (const ModelConfig& c : {tiny_config(), moe_config(0)}) {
+  for (const ModelConfig& c : {small_config(), small_moe_config(0)}) {
     const auto model = lively_model(c);
     const Rows rows = random_rows(some_lengths);
     const Outcome whole = accumulate(*model, {batch_of(rows, 0, 8, 0)});
@@ -136,7 +129,7 @@ TEST(TrainStep, AccumulatedMicroBatchesEqualOneBatch) {
 
 // The mean over micro-batches weighs them by their tokens.
 TEST(TrainStep, BalanceLossOfMicroBatches) {
-  const auto model = lively_model(moe_config(0.1f));
+  const auto model = lively_model(small_moe_config(0.1f));
   const Rows rows = random_rows(some_lengths);
   double expected = 0, tokens = 0;
   std::vector<TokenBatch> parts;
@@ -151,7 +144,7 @@ TEST(TrainStep, BalanceLossOfMicroBatches) {
 
 // A step whose rows were all cut before their answers teaches nothing, and does no harm.
 TEST(TrainStep, NoTargets) {
-  const auto model = lively_model(tiny_config());
+  const auto model = lively_model(small_config());
   TokenBatch batch = batch_of(random_rows({7, 4}), 0, 2, 0);
   std::fill(batch.targets.begin(), batch.targets.end(), -1);
   std::fill(batch.loss_weight.begin(), batch.loss_weight.end(), 0.0f);
@@ -169,7 +162,7 @@ ModelConfig with_dropout(ModelConfig c, float p) {
 
 // Along the gradient of each tensor the loss must rise by the gradient's norm, with the same elements dropped.
 TEST(TrainStep, DropoutGradientsAgreeWithDifferences) {
-  for (const ModelConfig& c : {with_dropout(tiny_config(), 0.3f), with_dropout(moe_config(0.01f), 0.2f)}) {
+  for (const ModelConfig& c : {with_dropout(small_config(), 0.3f), with_dropout(small_moe_config(0.01f), 0.2f)}) {
     const auto model = lively_model(c);
     const Rows rows = random_rows({19, 12, 7});
     const std::vector<TokenBatch> batches{batch_of(rows, 0, 2, 0), batch_of(rows, 2, 3, 0)};
@@ -196,7 +189,7 @@ TEST(TrainStep, DropoutGradientsAgreeWithDifferences) {
 }
 
 TEST(TrainStep, DropoutDrawsByStepAndMicroBatch) {
-  const auto model = lively_model(with_dropout(tiny_config(), 0.3f));
+  const auto model = lively_model(with_dropout(small_config(), 0.3f));
   const Rows rows = random_rows({19, 12});
   const TokenBatch b = batch_of(rows, 0, 2, 0);
   const double one = accumulate(*model, {b}, 1).result.loss;
@@ -233,7 +226,7 @@ std::vector<float> trained_weights(const ModelConfig& c) {
 }
 
 TEST(TrainStep, SameSeedSameBits) {
-  for (const ModelConfig& c : {with_dropout(tiny_config(), 0.1f), with_dropout(moe_config(0.01f), 0.1f)}) {
+  for (const ModelConfig& c : {with_dropout(small_config(), 0.1f), with_dropout(small_moe_config(0.01f), 0.1f)}) {
     for (const int n : {1, 4}) {
       const Threads threads(n);
       const auto a = trained_weights(c), b = trained_weights(c);
@@ -246,11 +239,11 @@ TEST(TrainStep, SameSeedSameBits) {
 TEST(TrainStep, ThreadsChangeRoundingAtMost) {
   const auto on = [](int n) {
     const Threads threads(n);
-    const auto model = lively_model(with_dropout(tiny_config(), 0.1f));
+    const auto model = lively_model(with_dropout(small_config(), 0.1f));
     const Rows rows = random_rows(some_lengths);
     return accumulate(*model, {batch_of(rows, 0, 8, 0)});
   };
-  const auto model = lively_model(tiny_config());
+  const auto model = lively_model(small_config());
   expect_equal_steps(*model, on(4), on(1));
 }
 

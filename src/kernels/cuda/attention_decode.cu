@@ -19,6 +19,7 @@
 // ring: 16 x 1,000 21 us, 96 x 500 39 us; 96 x 500 in two parts a row instead of one 39 us.
 #include "kernels/cuda/attention_mma.cuh"
 #include "kernels/cuda/attention_mma.h"
+#include "kernels/cuda/cluster.cuh"
 
 namespace mm::cuda {
 
@@ -37,27 +38,6 @@ struct Spread {
   static constexpr int stage_bytes = 2 * unroll * per_lane * chunk_bytes * n_thread;
   static constexpr int stages = stage_bytes <= 24 * 1024 ? 3 : 2, shared = stages * stage_bytes;
 };
-
-__device__ __forceinline__ void cluster_arrive() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void cluster_wait() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-// *p = x in the shared memory of block `rank` of the cluster.
-__device__ __forceinline__ void cluster_store(float* p, int rank, float x) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  uint32_t at;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(shared_address(p)), "r"(rank));
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(at), "f"(x) : "memory");
-#else
-  *p = x;
-#endif
-}
 
 // A query row and the keys it sees; n_key is 0 when there is nothing to do.
 struct RowBounds {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/cuda/attention_mma.cuh"
+#include "kernels/cuda/cluster.cuh"
 #include "kernels/cuda/infer_kernels.h"
 #include "kernels/cuda/launch.cuh"
 
@@ -28,26 +29,6 @@ struct Ring {
   static constexpr int stage = scale_at + (size == 1 ? 128 : 0), warp = stages * stage, bytes = kWarps * warp;
 };
 
-__device__ __forceinline__ void cluster_arrive() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void cluster_wait() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-// *p = x in the shared memory of block `rank` of the cluster.
-__device__ __forceinline__ void cluster_store(float* p, int rank, float x) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  uint32_t at;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(shared_address(p)), "r"(rank));
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(at), "f"(x) : "memory");
-#else
-  *p = x;
-#endif
-}
 template <int words>
 __device__ __forceinline__ void load_words(uint32_t (&w)[words], const unsigned char* p) {
   if constexpr (words == 4) {
