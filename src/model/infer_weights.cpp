@@ -104,7 +104,8 @@ void InferWeights::build(const Model& source, bool fill) {
   }
   model_ = infer_dimensions(c, rope_);
   model_.layers = layers_.data();
-  model_.embed = {.format = f32 ? WeightFormat::f32 : WeightFormat::bf16, .data = rows, .n = c.vocab_size, .k = c.hidden_size};
+  model_.embed = {
+      .format = f32 ? WeightFormat::f32 : WeightFormat::bf16, .data = rows, .n = c.vocab_size, .k = c.hidden_size};
   model_.final_norm = vector(source.weights.final_norm, fill);
   model_.head = matrix(source.weights.head, format_, fill);
 }

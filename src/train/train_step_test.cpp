@@ -103,7 +103,8 @@ void expect_equal_steps(const Model& model, const Outcome& a, const Outcome& b) 
 const std::vector<int> some_lengths{23, 5, 31, 2, 17, 29, 11, 8};
 
 TEST(TrainStep, PackedEqualsPadded) {
-  for (const ModelConfig& c : {small_config(), small_moe_config(0)}) {  // the balance loss counts padding, as MiniMind's does
+  for (const ModelConfig& c :
+       {small_config(), small_moe_config(0)}) {  // the balance loss counts padding, as MiniMind's does
     const auto model = lively_model(c);
     const Rows rows = random_rows(some_lengths);
     const Outcome packed = accumulate(*model, {batch_of(rows, 0, rows.size(), 0)}),
