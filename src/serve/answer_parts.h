@@ -31,4 +31,27 @@ size_t shown_tokens(const EngineEvent& event, const std::vector<int32_t>& stop_i
 
 inline constexpr std::string_view kDone = "data: [DONE]\n\n";
 
+// The end of an answer of n choices: of a stream its usage, where that was asked for, and its end mark; else the whole
+// body. put(i) appends choice i to `out`.
+template <class F>
+void append_end(const ApiCall& call, const std::string& head, const Usage& usage, size_t n, F&& put, std::string& out) {
+  if (call.stream && call.include_usage) {
+    out += "data: " + head + R"(,"choices":[],"usage":)";
+    usage.append(out, true);
+    out += "}\n\n";
+  }
+  if (call.stream) {
+    out += kDone;
+    return;
+  }
+  out += head + R"(,"choices":[)";
+  for (size_t i = 0; i < n; i++) {
+    if (i > 0) out += ',';
+    put(i);
+  }
+  out += R"(],"usage":)";
+  usage.append(out, true);
+  out += '}';
+}
+
 }  // namespace mm

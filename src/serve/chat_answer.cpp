@@ -81,23 +81,8 @@ class ChatAnswer : public Answer {
   }
 
   void finish(std::string& out) override {
-    if (call_.stream) {
-      if (call_.include_usage) {
-        out += "data: " + head_ + R"(,"choices":[],"usage":)";
-        usage_.append(out, true);
-        out += "}\n\n";
-      }
-      out += kDone;
-      return;
-    }
-    out += head_ + R"(,"choices":[)";
-    for (size_t i = 0; i < choices_.size(); i++) {
-      if (i > 0) out += ',';
-      whole_choice(i, out);
-    }
-    out += R"(],"usage":)";
-    usage_.append(out, true);
-    out += '}';
+    append_end(
+        call_, head_, usage_, choices_.size(), [&](size_t i) { whole_choice(i, out); }, out);
   }
 
  private:

@@ -97,23 +97,8 @@ class CompletionAnswer : public Answer {
   }
 
   void finish(std::string& out) override {
-    if (call_.stream) {
-      if (call_.include_usage) {
-        out += "data: " + head_ + R"(,"choices":[],"usage":)";
-        usage_.append(out, true);
-        out += "}\n\n";
-      }
-      out += kDone;
-      return;
-    }
-    out += head_ + R"(,"choices":[)";
-    for (size_t i = 0; i < choices_.size(); i++) {
-      if (i > 0) out += ',';
-      append_choice(i, choices_[i].text, out);
-    }
-    out += R"(],"usage":)";
-    usage_.append(out, true);
-    out += '}';
+    append_end(
+        call_, head_, usage_, choices_.size(), [&](size_t i) { append_choice(i, choices_[i].text, out); }, out);
   }
 
  private:
