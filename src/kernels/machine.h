@@ -9,10 +9,10 @@ namespace mm {
 double measure_peak_flops(const Device& dev);
 // Best of a few triad passes (y = y + a x over buffers larger than the caches): bytes read and written a second.
 double measure_bandwidth(const Device& dev);
-// Bytes a second that all threads of the team read of the same `bytes` of host memory again and again, each its own
-// part in order: the median of a few passes, as speeds of work are medians too (memory that is shared with other
-// machines gives now half, now twice as much). What caches hold of them they hold: the limit of work that reads so much
-// each time.
+// Bytes a second that all threads of the team go on reading of the same `bytes` of host memory, each its own part again
+// and again without waiting for the others: best of three stretches of 0.1 s. What caches hold of them they hold: the
+// limit of work that reads so much each time. (Single passes are no measure: they swing between half and twice the
+// speed where other machines use the memory too, and with several threads each one pays for a start and a wait.)
 double measure_read_bandwidth(int64_t bytes);
 
 }  // namespace mm
