@@ -232,10 +232,9 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_chat(model, tmp_path):
         t.prompt()
         t.type("tell me\r")
         t.until("tell me")
-        t.until("\n")  # the line is taken: until then Ctrl-C throws it away
+        t.until("\n")
         t.type("\x03")
-        shown = t.until("tok/s")
-        if "cancelled" in shown + t.prompt():
+        if "cancelled" in t.prompt():  # not so where it still met the line editor, which throws the line away
             break
     else:
         raise AssertionError("no answer was cancelled")
