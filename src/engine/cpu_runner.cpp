@@ -23,21 +23,17 @@ CpuRunner::CpuRunner(const Model& model, const EngineOptions& options, const Run
       samplers_(static_cast<size_t>(num_threads())) {}
 
 static void copy_rows(const InferModel& m, const InferKv& kv, const RowCopy& c) {
-  const size_t width = static_cast<size_t>(m.n_kv_head) * static_cast<size_t>(m.d_head);
-  const size_t size = kv_element_bytes(kv.format);
+  const size_t row = static_cast<size_t>(m.d_head) * kv_element_bytes(kv.format);
   const auto n = static_cast<size_t>(c.count), from = static_cast<size_t>(c.from), to = static_cast<size_t>(c.to);
-  for (int64_t l = 0; l < m.n_layer; l++) {
-    const auto base = static_cast<size_t>(l * kv.layer_stride);
+  const auto n_row = static_cast<size_t>(kv.layer_stride) / static_cast<size_t>(m.n_kv_head * m.d_head);
+  for (size_t head = 0; head < static_cast<size_t>(m.n_layer * m.n_kv_head); head++) {
     for (void* rows : {kv.k, kv.v}) {
-      char* p = static_cast<char*>(rows) + base * size;
-      std::memmove(p + to * width * size, p + from * width * size, n * width * size);
+      char* p = static_cast<char*>(rows) + head * n_row * row;
+      std::memmove(p + to * row, p + from * row, n * row);
     }
     if (kv.format != KvFormat::i8) continue;
-    const auto heads = static_cast<size_t>(m.n_kv_head);
-    for (float* scales : {kv.k_scale, kv.v_scale}) {
-      float* p = scales + base / static_cast<size_t>(m.d_head);
-      std::memmove(p + to * heads, p + from * heads, n * heads * sizeof(float));
-    }
+    for (float* scales : {kv.k_scale, kv.v_scale})
+      std::memmove(scales + head * n_row + to, scales + head * n_row + from, n * sizeof(float));
   }
 }
 

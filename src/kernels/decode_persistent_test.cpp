@@ -133,6 +133,19 @@ struct Pool {
   }
 };
 
+// [layer, row, head, d_head] as the CPU has it: [layer, head, row, d_head].
+std::vector<float> by_head(const Shape& shape, const std::vector<float>& x) {
+  std::vector<float> to;
+  const auto dh = static_cast<std::ptrdiff_t>(shape.dh);
+  for (int64_t l = 0; l < shape.layers; l++)
+    for (int64_t h = 0; h < shape.n_kv; h++)
+      for (int64_t r = 0; r < pool_rows; r++) {
+        const auto from = x.begin() + ((l * pool_rows + r) * shape.n_kv + h) * dh;
+        to.insert(to.end(), from, from + dh);
+      }
+  return to;
+}
+
 double distance(const std::vector<float>& a, const std::vector<float>& b) {
   double d = 0, n = 0;
   for (size_t i = 0; i < a.size(); i++) {
@@ -153,7 +166,8 @@ void run(const Shape& shape, Pair& pair, KvFormat format, const std::vector<int3
   const Device<unsigned char> k(keys.data), v(values.data);
   const Device<float> k_scale(keys.scales), v_scale(values.scales);
   const InferKv gpu_kv = {format, k.pointer(), v.pointer(), k_scale.pointer(), v_scale.pointer(), stride};
-  const InferKv cpu_kv = {KvFormat::f32, keys.values.data(), values.values.data(), nullptr, nullptr, stride};
+  std::vector<float> cpu_keys = by_head(shape, keys.values), cpu_values = by_head(shape, values.values);
+  const InferKv cpu_kv = {KvFormat::f32, cpu_keys.data(), cpu_values.data(), nullptr, nullptr, stride};
 
   const char* why = nullptr;
   const std::unique_ptr<cuda::PersistentDecode, void (*)(cuda::PersistentDecode*)> plan(

@@ -50,8 +50,10 @@ struct InferModel {
   InferMatrix head;                            // [n_vocab, d_model]
 };
 
-// Keys and values. Row r of layer l: k + l * layer_stride + r * n_kv_head * d_head elements. i8: one fp32 scale a (row,
-// kv head) = absmax / 127, at k_scale + l * layer_stride / d_head + r * n_kv_head.
+// Keys and values of a pool of n_row = layer_stride / (n_kv_head * d_head) rows, k and v each
+//   CPU [n_layer, n_kv_head, n_row, d_head]: a thread reads one kv head, and a stretch of its rows lies in one piece
+//   GPU [n_layer, n_row, n_kv_head, d_head]
+// i8: one fp32 scale a (row, kv head) = absmax / 127, in the same order.
 enum class KvFormat : uint8_t { f32, bf16, f16, i8 };
 struct InferKv {
   KvFormat format = KvFormat::f32;

@@ -35,8 +35,8 @@ static void ask_for_keys(const AttendArgs& a) {
   for (int64_t key = a.key_begin; key < std::min(a.key_end, a.key_begin + 64); key++) {
     const int64_t row = a.table[key >> a.block_shift] + (key & ((int64_t{1} << a.block_shift) - 1));
     for (int64_t i = 0; i < a.d_head * bytes; i += 64) {
-      __builtin_prefetch(static_cast<const char*>(a.k) + row * a.ld_kv * bytes + i);
-      __builtin_prefetch(static_cast<const char*>(a.v) + row * a.ld_kv * bytes + i);
+      __builtin_prefetch(static_cast<const char*>(a.k) + row * a.d_head * bytes + i);
+      __builtin_prefetch(static_cast<const char*>(a.v) + row * a.d_head * bytes + i);
     }
   }
 }
@@ -63,8 +63,8 @@ void split_keys(StepShared& shared, int n_thread) {
 AttendArgs Worker::attend_args(int64_t seq, int kv_head, int64_t l) const {
   const InferKv& kv = s_.kv;
   const int64_t dh = m_.d_head, bytes = kv_bytes(kv.format);
-  const int64_t offset = (l * kv.layer_stride + kv_head * dh) * bytes;
-  const int64_t scale_offset = l * (kv.layer_stride / dh) + kv_head;
+  const int64_t first = (l * m_.n_kv_head + kv_head) * rows_of(kv);  // row
+  const int64_t offset = first * dh * bytes;
   const bool scaled = kv.format == KvFormat::i8;
   return {.group = m_.n_head / m_.n_kv_head,
           .d_head = m_.d_head,
@@ -72,10 +72,8 @@ AttendArgs Worker::attend_args(int64_t seq, int kv_head, int64_t l) const {
           .format = kv.format,
           .k = static_cast<const char*>(kv.k) + offset,
           .v = static_cast<const char*>(kv.v) + offset,
-          .k_scale = scaled ? kv.k_scale + scale_offset : nullptr,
-          .v_scale = scaled ? kv.v_scale + scale_offset : nullptr,
-          .ld_kv = m_.n_kv_head * dh,
-          .ld_scale = m_.n_kv_head,
+          .k_scale = scaled ? kv.k_scale + first : nullptr,
+          .v_scale = scaled ? kv.v_scale + first : nullptr,
           .table = step_.table + seq * step_.table_ld,
           .block_shift = step_.block_shift,
           .scratch = b_.attend};
@@ -91,11 +89,11 @@ void Worker::store_kv(const InferLayer& layer, int64_t token, int kv_head, int64
   const int64_t dh = m_.d_head, at = step_.positions[token] * (dh / 2), slot = step_.slots[token];
   const float* k = p_.qkv + token * layer.qkv.n + (m_.n_head + kv_head) * dh;
   k_.rope_head(b_.row, k, layer.k_norm, m_.cos + at, m_.sin + at, m_.eps, m_.d_head);
-  const int64_t offset = (l * kv.layer_stride + (slot * m_.n_kv_head + kv_head) * dh) * kv_bytes(kv.format);
-  const int64_t scale = l * (kv.layer_stride / dh) + slot * m_.n_kv_head + kv_head;
+  const int64_t row = (l * m_.n_kv_head + kv_head) * rows_of(kv) + slot;
+  const int64_t offset = row * dh * kv_bytes(kv.format);
   const bool scaled = kv.format == KvFormat::i8;
-  k_.put_kv(kv.format, static_cast<char*>(kv.k) + offset, scaled ? kv.k_scale + scale : nullptr, b_.row, dh);
-  k_.put_kv(kv.format, static_cast<char*>(kv.v) + offset, scaled ? kv.v_scale + scale : nullptr, k + m_.n_kv_head * dh,
+  k_.put_kv(kv.format, static_cast<char*>(kv.k) + offset, scaled ? kv.k_scale + row : nullptr, b_.row, dh);
+  k_.put_kv(kv.format, static_cast<char*>(kv.v) + offset, scaled ? kv.v_scale + row : nullptr, k + m_.n_kv_head * dh,
             dh);
 }
 

@@ -38,9 +38,8 @@ struct AttendArgs {
   int64_t visible = 0;  // keys that token 0 sees; token i sees visible + i
   int64_t key_begin = 0, key_end = 0;
   KvFormat format = KvFormat::f32;
-  const void *k = nullptr, *v = nullptr;               // layer and kv head applied
-  const float *k_scale = nullptr, *v_scale = nullptr;  // likewise
-  int64_t ld_kv = 0, ld_scale = 0;                     // distance of rows: elements of k and v; of scales
+  const void *k = nullptr, *v = nullptr;               // [row, d_head] of the layer and kv head
+  const float *k_scale = nullptr, *v_scale = nullptr;  // [row], likewise
   const int32_t* table = nullptr;                      // of the sequence
   int block_shift = 0;
   float* out = nullptr;  // the result, head g of token i at out + i * ldo + g * d_head; or null and

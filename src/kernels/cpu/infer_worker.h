@@ -69,6 +69,7 @@ class Worker {
   }
 
   // infer_attention.cpp
+  int64_t rows_of(const InferKv& kv) const { return kv.layer_stride / (m_.n_kv_head * m_.d_head); }
   AttendArgs attend_args(int64_t seq, int kv_head, int64_t l) const;
   void rope_q(const InferLayer& layer, int64_t token, int head, float* to) const;
   void store_kv(const InferLayer& layer, int64_t token, int kv_head, int64_t l);

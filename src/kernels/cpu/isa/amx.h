@@ -44,7 +44,7 @@ struct KvRows {
   // Rows that products can read as they are: whole tiles, and 16 keys from a multiple of 16 on in one piece.
   bool direct() const { return a.format == KvFormat::bf16 && d32 == dh && a.block_shift >= 4; }
   const uint16_t* row(const void* base, int64_t key) const {
-    return static_cast<const uint16_t*>(base) + row_of(key) * a.ld_kv;
+    return static_cast<const uint16_t*>(base) + row_of(key) * a.d_head;
   }
 
   // One row as bf16, zeros up to d32.
@@ -53,7 +53,7 @@ struct KvRows {
     for (int64_t i = 0; i < d32; i += 16) {
       const int64_t left = dh - i;
       const __mmask16 m = left > 0 ? first_lanes(left) : static_cast<__mmask16>(0);
-      const int64_t at = row * a.ld_kv + i;
+      const int64_t at = row * a.d_head + i;
       __m256i x;
       switch (a.format) {
         case KvFormat::f32:
@@ -67,7 +67,7 @@ struct KvRows {
         default: {
           const __m512 q =
               _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(m, static_cast<const int8_t*>(base) + at)));
-          x = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(q, _mm512_set1_ps(scales[row * a.ld_scale])));
+          x = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(q, _mm512_set1_ps(scales[row])));
         }
       }
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), x);
@@ -79,7 +79,7 @@ struct KvRows {
   const uint16_t* tile_rows(const void* base, const float* scales, int64_t key, int64_t end, uint16_t* copy,
                             int64_t* stride) const {
     if (direct() && key + 16 <= end) {
-      *stride = a.ld_kv * 2;
+      *stride = a.d_head * 2;
       return row(base, key);
     }
     for (int64_t j = 0; j < 16; j++) {

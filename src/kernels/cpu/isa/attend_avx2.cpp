@@ -137,8 +137,8 @@ struct Attention {
       const int64_t lo = j0 < a.key_begin ? a.key_begin - j0 : 0, hi = a.key_end - j0 < kb ? a.key_end - j0 : kb;
       for (int64_t j = lo; j < hi; j++) {
         const int64_t key = j0 + j, row = a.table[key >> a.block_shift] + (key & ((int64_t{1} << a.block_shift) - 1));
-        widen(k + j * d8, a.format, a.k, row * a.ld_kv, a.k_scale != nullptr ? a.k_scale[row * a.ld_scale] : 1, dh);
-        widen(v + j * d8, a.format, a.v, row * a.ld_kv, a.v_scale != nullptr ? a.v_scale[row * a.ld_scale] : 1, dh);
+        widen(k + j * d8, a.format, a.k, row * a.d_head, a.k_scale != nullptr ? a.k_scale[row] : 1, dh);
+        widen(v + j * d8, a.format, a.v, row * a.d_head, a.v_scale != nullptr ? a.v_scale[row] : 1, dh);
       }
       int64_t r = 0;
       for (; r + 4 <= rows; r += 4) block<4>(r, j0, lo, hi);

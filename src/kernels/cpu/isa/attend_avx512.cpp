@@ -49,8 +49,8 @@ struct Attention {
           const int64_t at = row[j + i];
           __m512 key = _mm512_setzero_ps(), value = _mm512_setzero_ps();
           if (at >= 0) {
-            key = load_kv(a.format, a.k, at * a.ld_kv + d, a.k_scale != nullptr ? a.k_scale[at * a.ld_scale] : 1, m);
-            value = load_kv(a.format, a.v, at * a.ld_kv + d, a.v_scale != nullptr ? a.v_scale[at * a.ld_scale] : 1, m);
+            key = load_kv(a.format, a.k, at * a.d_head + d, a.k_scale != nullptr ? a.k_scale[at] : 1, m);
+            value = load_kv(a.format, a.v, at * a.d_head + d, a.v_scale != nullptr ? a.v_scale[at] : 1, m);
           }
           r[i] = _mm512_castps_si512(key);
           _mm512_storeu_ps(v + (j + i) * d16 + d, value);

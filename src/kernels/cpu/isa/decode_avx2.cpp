@@ -40,7 +40,7 @@ struct FewRows {
     return a.table[key >> a.block_shift] + (key & ((int64_t{1} << a.block_shift) - 1));
   }
   __m256 scale_of(const float* scales, int64_t row) const {
-    return format == KvFormat::i8 ? _mm256_set1_ps(scales[row * a.ld_scale]) : _mm256_setzero_ps();
+    return format == KvFormat::i8 ? _mm256_set1_ps(scales[row]) : _mm256_setzero_ps();
   }
 
   void scores(int64_t begin, int64_t end) const {
@@ -49,7 +49,7 @@ struct FewRows {
       const __m256 scale = scale_of(a.k_scale, row);
       __m256 x[4] = {};
       for (int64_t i = 0; i < d8; i += 8) {
-        const __m256 k = load_kv<format>(a.k, row * a.ld_kv + i, scale, dh - i);
+        const __m256 k = load_kv<format>(a.k, row * a.d_head + i, scale, dh - i);
 #pragma GCC unroll 4
         for (int r = 0; r < 4; r++) x[r] = _mm256_fmadd_ps(_mm256_loadu_ps(q + r * d8 + i), k, x[r]);
       }
@@ -92,7 +92,7 @@ struct FewRows {
       const float* p = st + (key - begin) * 4;
 #pragma GCC unroll 2
       for (int c = 0; c < C; c++) {
-        const __m256 v = load_kv<format>(a.v, row * a.ld_kv + d + 8 * c, scale, dh - d - 8 * c);
+        const __m256 v = load_kv<format>(a.v, row * a.d_head + d + 8 * c, scale, dh - d - 8 * c);
 #pragma GCC unroll 4
         for (int r = 0; r < 4; r++) x[r][c] = _mm256_fmadd_ps(_mm256_set1_ps(p[r]), v, x[r][c]);
       }

@@ -45,7 +45,7 @@ struct FewRows {
     return a.table[key >> a.block_shift] + (key & ((int64_t{1} << a.block_shift) - 1));
   }
   __m512 scale_of(const float* scales, int64_t row) const {
-    return format == KvFormat::i8 ? _mm512_set1_ps(scales[row * a.ld_scale]) : _mm512_setzero_ps();
+    return format == KvFormat::i8 ? _mm512_set1_ps(scales[row]) : _mm512_setzero_ps();
   }
 
   void pack_queries() const {
@@ -64,7 +64,7 @@ struct FewRows {
       const __m512 scale = scale_of(a.k_scale, row);
       __m512 x[4] = {};
       for (int64_t i = 0; i < d16; i += 16) {
-        const __m512 k = load_kv<format>(a.k, row * a.ld_kv + i, scale, first_lanes(dh - i));
+        const __m512 k = load_kv<format>(a.k, row * a.d_head + i, scale, first_lanes(dh - i));
 #pragma GCC unroll 4
         for (int r = 0; r < 4; r++) x[r] = _mm512_fmadd_ps(_mm512_loadu_ps(q + r * d16 + i), k, x[r]);
       }
@@ -110,7 +110,7 @@ struct FewRows {
       const float* p = st + (key - begin) * 4;
 #pragma GCC unroll 4
       for (int c = 0; c < C; c++) {
-        const __m512 v = load_kv<format>(a.v, row * a.ld_kv + d + 16 * c, scale, first_lanes(dh - d - 16 * c));
+        const __m512 v = load_kv<format>(a.v, row * a.d_head + d + 16 * c, scale, first_lanes(dh - d - 16 * c));
 #pragma GCC unroll 4
         for (int r = 0; r < 4; r++) x[r][c] = _mm512_fmadd_ps(_mm512_set1_ps(p[r]), v, x[r][c]);
       }

@@ -38,9 +38,9 @@ void attend(const AttendArgs& a) {
     for (int64_t j = lo; j < hi; j++) {
       const int64_t key = j0 + j, row = a.table[key >> a.block_shift] + (key & mask);
       float* vj = v + j * dh;
-      widen(vj, a.format, a.k, row * a.ld_kv, a.k_scale != nullptr ? a.k_scale[row * a.ld_scale] : 1.0f, dh);
+      widen(vj, a.format, a.k, row * a.d_head, a.k_scale != nullptr ? a.k_scale[row] : 1.0f, dh);
       for (int64_t i = 0; i < dh; i++) kt[i * kb + j] = vj[i];
-      widen(vj, a.format, a.v, row * a.ld_kv, a.v_scale != nullptr ? a.v_scale[row * a.ld_scale] : 1.0f, dh);
+      widen(vj, a.format, a.v, row * a.d_head, a.v_scale != nullptr ? a.v_scale[row] : 1.0f, dh);
     }
     for (int64_t r = 0; r < rows; r++) {
       int64_t end = a.visible + r / a.group - j0;
