@@ -9,8 +9,10 @@ namespace mm {
 
 class SpinBarrier {
  public:
-  // All n threads of the team call it, each with its number; what one wrote before, the others see after.
-  void wait(int thread, int n) {
+  // All n threads of the team call it, each with its number; what one wrote before, the others see after. meanwhile()
+  // is called over and over while the thread waits, and should take no longer than a few dozen instructions.
+  template <class F>
+  void wait(int thread, int n, F&& meanwhile) {
     if (n == 1) return;
     if (n > max_flags) {
       wait_counting(n);
@@ -20,7 +22,14 @@ class SpinBarrier {
     const int before = own.load(std::memory_order_relaxed);  // one less than what all of this round raise
     own.store(before + 1, std::memory_order_release);
     own.notify_all();
-    for (int t = 0; t < n; t++) leave(flags_[t].raised, before);
+    for (int spin = 0; spin < spins_before_sleep; spin++) {
+      bool all = true;  // looks at all flags at once, so that their cache lines travel at the same time
+      for (int t = 0; t < n; t++) all &= flags_[t].raised.load(std::memory_order_acquire) != before;
+      if (all) return;
+      meanwhile();
+      pause();
+    }
+    for (int t = 0; t < n; t++) flags_[t].raised.wait(before, std::memory_order_acquire);
   }
 
  private:

@@ -46,6 +46,9 @@ void CpuRunner::submit(const StepBatch& b) {
   table_.assign(b.tables.size() * width, 0);
   for (size_t s = 0; s < b.tables.size(); s++)
     std::copy(b.tables[s].begin(), b.tables[s].end(), table_.begin() + static_cast<std::ptrdiff_t>(s * width));
+  const auto n_out = static_cast<size_t>(b.n_out()), vocab = static_cast<size_t>(m.n_vocab);
+  result_.ids.assign(b.hidden ? 0 : n_out, -1);
+  const bool any_largest = !b.hidden && std::any_of(b.sampling.begin(), b.sampling.end(), draws_largest);
   const InferStep step{.n_tok = b.n_tok(),
                        .n_seq = b.n_seq(),
                        .n_out = b.n_out(),
@@ -59,22 +62,21 @@ void CpuRunner::submit(const StepBatch& b) {
                        .block_shift = b.block_shift,
                        .out_rows = b.out_rows.data(),
                        .logits = b.hidden ? nullptr : logits_.f32(),
-                       .hidden = b.hidden ? hidden_.f32() : nullptr};
+                       .hidden = b.hidden ? hidden_.f32() : nullptr,
+                       .best = any_largest ? result_.ids.data() : nullptr};
   cpu::infer_step(m, kv_, step, scratch_.data(), options_.batch_invariant);
 
-  const auto n_out = static_cast<size_t>(b.n_out()), vocab = static_cast<size_t>(m.n_vocab);
-  result_.ids.clear();
   result_.logits.clear();
   result_.hidden.clear();
   if (b.hidden) {
     result_.hidden.assign(hidden_.f32(), hidden_.f32() + n_out * static_cast<size_t>(m.d_model));
     return;
   }
-  result_.ids.resize(n_out);
   const auto words = (vocab + 31) / 32;
   const auto draw = [&](int64_t row, int thread) {
     const auto i = static_cast<size_t>(row);
     const RowSampling& r = b.sampling[i];
+    if (draws_largest(r)) return;
     const std::span<const LogitEdit> edits(b.edits.data() + r.edits_begin, b.edits.data() + r.edits_end);
     std::span<const uint32_t> mask;
     if (r.mask >= 0) mask = {b.masks.data() + static_cast<size_t>(r.mask) * words, words};
@@ -82,7 +84,7 @@ void CpuRunner::submit(const StepBatch& b) {
         samplers_[static_cast<size_t>(thread)].sample_row({logits_.f32() + i * vocab, vocab}, r, edits, mask);
   };
   if (n_out == 1) draw(0, 0);
-  else parallel_dynamic(b.n_out(), draw);
+  else if (!std::all_of(b.sampling.begin(), b.sampling.end(), draws_largest)) parallel_dynamic(b.n_out(), draw);
   for (const int32_t i : b.logits_of) {
     const float* row = logits_.f32() + static_cast<size_t>(i) * vocab;
     result_.logits.insert(result_.logits.end(), row, row + vocab);

@@ -61,6 +61,10 @@ static int32_t argmax(std::span<const float> x) {
   return static_cast<int32_t>(std::find(x.begin(), x.end(), checked_max(x)) - x.begin());
 }
 
+bool draws_largest(const RowSampling& row) {
+  return row.temperature < kGreedyBelow && row.edits_begin == row.edits_end && row.mask < 0;
+}
+
 // The k-th largest of x (1 <= k <= size). Keeps a pool of the best so far; once it has filled, few values pass its bar.
 static float kth_largest(std::span<const float> x, size_t k, std::vector<float>& pool) {
   const size_t room = 2 * k + 64;

@@ -45,6 +45,9 @@ struct TokenLogprob {
   float logprob;  // log-softmax of the raw logits
 };
 
+// Whether a row's draw is the first largest of its raw logits.
+bool draws_largest(const RowSampling& row);
+
 // Holds scratch memory only: one sampler may serve any number of sequences, one call at a time. The first calls
 // allocate, later ones with the same vocabulary do not.
 class Sampler {

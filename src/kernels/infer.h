@@ -78,6 +78,9 @@ struct InferStep {
   const int32_t* out_rows = nullptr;  // [n_out] tokens whose logits are wanted
   float* logits = nullptr;            // [n_out, n_vocab]; null: not wanted
   float* hidden = nullptr;            // [n_out, d_model] behind the final norm; null: not wanted
+  // [n_out] the first largest of the row's logits, -1 where one is NaN or +infinity or all are -infinity; null: not
+  // wanted. Needs logits. CPU only: each thread looks at the logits it has just made.
+  int32_t* best = nullptr;
 };
 
 // A step of the persistent kernel: one token a sequence, its numbers by the host. All host arrays are read before the

@@ -9,6 +9,7 @@
 // the bytes of the packed weights and of the keys and values over the bandwidth of the level that holds them.
 #include "kernels/cpu/infer.h"
 
+#include <cmath>
 #include <cstring>
 
 #include "base/error.h"
@@ -76,7 +77,36 @@ void Worker::head() {
     if (step_.hidden != nullptr && (!alone || t_ == 0))
       std::memcpy(step_.hidden + r * d, to, static_cast<size_t>(d) * 4);
   });
-  if (step_.logits != nullptr) product(h, 0, n, m_.head, step_.logits, m_.n_vocab, false, &m_.layers[0].qkv);
+  if (step_.logits == nullptr) return;
+  product(h, 0, n, m_.head, step_.logits, m_.n_vocab, false, &m_.layers[0].qkv);
+  if (step_.best == nullptr) return;
+  const int64_t panels = panels_of(m_.n_vocab), pairs = (panels + 1) / 2;  // as product() splits them
+  const bool by_panel = use_few(h, n);
+  const auto column = [&](int64_t panel, int64_t pair) {
+    return std::min(m_.n_vocab, (by_panel ? panel : 2 * pair) * infer_panel);
+  };
+  find_best(column(begin_of(panels), begin_of(pairs)), column(end_of(panels), end_of(pairs)));
+}
+
+void Worker::find_best(int64_t begin, int64_t end) {
+  for (int64_t r = 0; r < p_.n_out; r++) {
+    PartBest& part = p_.best[t_ * p_.n_out + r];
+    part = {-INFINITY, 0};
+    if (begin == end) continue;
+    const float* row = step_.logits + r * m_.n_vocab;
+    part.id = static_cast<int32_t>(begin + k_.first_largest(row + begin, end - begin, &part.value));
+  }
+}
+
+// The best of all threads' parts, which lie in the order of the columns.
+static int32_t best_of(const StepPlan& plan, int64_t row, int n_thread) {
+  PartBest best{-INFINITY, -1};
+  for (int t = 0; t < n_thread; t++) {
+    const PartBest& part = plan.best[t * plan.n_out + row];
+    if (std::isnan(part.value)) return -1;
+    if (part.value > best.value) best = part;
+  }
+  return best.id;
 }
 
 void Worker::run() {
@@ -109,6 +139,8 @@ void infer_step_with(const InferKernels& kernels, const InferModel& model, const
     MM_CHECK(n_thread == num_threads(), "a step inside a parallel region");
     Worker(shared, thread, n_thread).run();
   });
+  for (int64_t r = 0; step.best != nullptr && r < step.n_out; r++)
+    step.best[r] = best_of(shared.plan, r, num_threads());
 }
 
 }  // namespace mm::cpu

@@ -50,6 +50,7 @@ struct AttendArgs {
 
 // Where a stream of weights goes on: behind `end` of this product's panels come those at `next`. Kernels ask for them
 // ahead of time, across the end of a stage, so that memory is not idle while threads wait for each other.
+constexpr int64_t infer_ahead = 16384;  // bytes
 struct WeightStream {
   const char *end = nullptr, *next = nullptr;
 };
@@ -70,6 +71,8 @@ struct InferKernels {
   void (*put_bf16)(uint16_t* row_base, const float* x, int64_t begin, int64_t n);
   void (*put_q8)(int8_t* row, const float* x, int64_t begin, int64_t n, int64_t kp);
   void (*bf16_row)(float* y, const uint16_t* x, int64_t n);  // widens
+  // Index of the first largest of n >= 1 numbers, which becomes *value; NaN where one is NaN or +infinity.
+  int64_t (*first_largest)(const float* x, int64_t n, float* value);
 
   // Products of few operand rows with whole panels: out[r * ldo + 16 p + i].
   void (*few_f32)(float* out, int64_t ldo, const float* w, int64_t k, int64_t panels, const float* x, int64_t ldx,

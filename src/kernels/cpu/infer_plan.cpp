@@ -96,6 +96,7 @@ size_t StepPlan::lay_out(char* scratch, const InferModel& m, int64_t tokens, int
   partial_floats = group * (dh + 2);
   at.take(&partial, 2 * n_thread * partial_floats);
   at.take(&bounds, n_thread + 1);
+  at.take(&best, n_thread * n_out);
   at.take(&groups, n_group);
   at.take(&h, moe ? n_tok * m.d_model : 0);
   at.take(&expert_out, moe ? n_slot * m.d_model : 0);

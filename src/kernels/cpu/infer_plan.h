@@ -54,6 +54,12 @@ struct KeyBoundary {
   int64_t item = 0, block = 0;
 };
 
+// The first largest of a thread's part of a row of logits; value is NaN where one is NaN or +infinity.
+struct PartBest {
+  float value = 0;
+  int32_t id = 0;
+};
+
 // Buffers of a step, all inside the caller's scratch.
 struct StepPlan {
   int64_t n_tok = 0, n_out = 0, n_slot = 0, max_k = 0, ffn = 0;
@@ -61,6 +67,7 @@ struct StepPlan {
   char *operand = nullptr, *act = nullptr;  // operands of the next product, and of the feed-forward's second one
   float* partial = nullptr;                 // [2 threads][group][d_head + 2]
   KeyBoundary* bounds = nullptr;            // [threads + 1]
+  PartBest* best = nullptr;                 // [threads][n_out]
   int32_t *experts = nullptr, *slot_token = nullptr, *token_slot = nullptr;
   float* expert_weights = nullptr;
   FfnGroup* groups = nullptr;

@@ -38,6 +38,9 @@ void Worker::put_row(const Operand& to, int64_t r, const float* x) const {
   finish_row(to, r);
 }
 
+// Bytes of the next product's weights that a thread asks for while it waits, at most.
+static constexpr int64_t asked_in_barriers = 65536;
+
 WeightStream Worker::stream_to(const InferMatrix& w, int64_t end_panel, const InferMatrix* next) const {
   const char* end = static_cast<const char*>(w.data) + end_panel * panel_bytes(w.format, w.k);
   if (next == nullptr) return {end, static_cast<const char*>(w.data)};
@@ -45,6 +48,11 @@ WeightStream Worker::stream_to(const InferMatrix& w, int64_t end_panel, const In
   const int64_t first =
       next->n == 2 * m_.d_ff && next->n % 64 == 0 ? 2 * begin_of(next->n / 64) : begin_of(panels_of(next->n));
   return {end, static_cast<const char*>(next->data) + first * panel_bytes(next->format, next->k)};
+}
+
+void Worker::follow(const WeightStream& stream) {
+  soon_ = stream.next + infer_ahead;
+  soon_end_ = soon_ + asked_in_barriers;
 }
 
 void Worker::few(float* c, const Operand& x, int64_t row0, int64_t rows, const InferMatrix& w, int64_t panel,
@@ -125,6 +133,7 @@ void Worker::product(const Operand& x, int64_t row0, int64_t rows, const InferMa
       few(b_.c, x, row0, rows, w, p, panels, stream);
       deliver(0, rows, p * infer_panel, panels * infer_panel, few_columns);
     }
+    if (next != nullptr) follow(stream);
     return;
   }
   const int64_t pairs = (panels_of(w.n) + 1) / 2, block = rows_of_l2(x);
@@ -166,6 +175,7 @@ void Worker::product_swiglu(const Operand& x, const FfnGroup& g, const Operand& 
       few(b_.c2, x, g.input_row, g.rows, w, up + 2 * u, 2 * n_unit, ups);
       deliver(0, g.rows, u, n_unit, few_columns);
     }
+    follow(ups);
   } else {
     for (int64_t u = begin_of(units); u < end_of(units); u++) {
       const uint16_t *gate_tiles = expanded(w, 2 * u, 2, 0), *up_tiles = expanded(w, up + 2 * u, 2, 2);

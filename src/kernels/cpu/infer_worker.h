@@ -35,6 +35,7 @@ class Worker {
   void attention_half(const InferLayer& layer, int64_t l);
   void ffn_half(const InferLayer& layer, const InferMatrix* next);
   void head();
+  void find_best(int64_t begin, int64_t end);  // of the logits' columns [begin, end)
 
   // infer_product.cpp
   OperandKind kind_for(const InferMatrix& w, int64_t rows) const;
@@ -44,6 +45,8 @@ class Worker {
   void put_row(const Operand& to, int64_t r, const float* x) const;
   void few(float* c, const Operand& x, int64_t row0, int64_t rows, const InferMatrix& w, int64_t panel, int64_t panels,
            const WeightStream& stream) const;
+  // Sets soon_ to what lies behind the part of a stream that the kernels have asked for.
+  void follow(const WeightStream& stream);
   // This thread's panels end before `end_panel`; `next` is the matrix of the product to follow (null: none).
   WeightStream stream_to(const InferMatrix& w, int64_t end_panel, const InferMatrix* next) const;
   void many(float* c, const Operand& x, int64_t row0, int64_t rows, int64_t panels, const uint16_t* tiles,
@@ -85,7 +88,13 @@ class Worker {
   void moe_alone(const InferLayer& layer, const InferMatrix* next);
   void moe_half(const InferLayer& layer, const InferMatrix* next);
 
-  void barrier() { s_.barrier.wait(t_, n_); }
+  void barrier() {
+    s_.barrier.wait(t_, n_, [this] { ask(16); });
+  }
+  // Asks for up to n cache lines of what this thread reads next, from soon_ to soon_end_.
+  void ask(int n) {
+    for (; n > 0 && soon_ < soon_end_; n--, soon_ += 64) __builtin_prefetch(soon_, 0, 3);
+  }
   // This thread's part of n units of work.
   int64_t begin_of(int64_t n) const { return n * t_ / n_; }
   int64_t end_of(int64_t n) const { return n * (t_ + 1) / n_; }
@@ -97,6 +106,7 @@ class Worker {
   const StepPlan& p_;
   int t_, n_;
   ThreadBuffers b_;
+  const char *soon_ = nullptr, *soon_end_ = nullptr;
 };
 
 // The split of a decode step's keys over the threads, into plan.bounds.

@@ -83,18 +83,17 @@ MM_INLINE void transpose16(__m512i r[16]) {
   for (int i = 0; i < 16; i++) r[i] = t[i];
 }
 
-// The place in a stream of weights that lies `ahead` of p. Weights of a decode step come from beyond L2, and the
+// The place in a stream of weights that lies `infer_ahead` of p. Weights of a decode step come from beyond L2, and the
 // hardware's prefetcher stops at every 4 KB page.
-constexpr int64_t ahead = 16384;
 MM_INLINE const char* ahead_of(const void* p, const WeightStream& stream) {
-  const char* q = static_cast<const char*>(p) + ahead;
+  const char* q = static_cast<const char*>(p) + infer_ahead;
   return q < stream.end ? q : stream.next + (q - stream.end);
 }
 // The same for S streams side by side: p's own goes on for `left` bytes, and behind all S of `size` bytes come the next
 // S. All together ask for no more than one would.
 template <int S>
 MM_INLINE const char* ahead_of_streams(const void* p, int64_t left, int64_t size, const WeightStream& stream) {
-  const char* q = static_cast<const char*>(p) + ahead / S + (ahead / S < left ? 0 : (S - 1) * size);
+  const char* q = static_cast<const char*>(p) + infer_ahead / S + (infer_ahead / S < left ? 0 : (S - 1) * size);
   return q < stream.end ? q : stream.next + (q - stream.end);
 }
 // Into L2: what goes to L1 keeps one of its few fill buffers for as long as memory takes (64M bf16, one core: 109

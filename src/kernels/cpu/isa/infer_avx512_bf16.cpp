@@ -148,7 +148,7 @@ void expand_i8(uint16_t* tiles, const uint8_t* w, int64_t kp) {
       const __m512 offset = _mm512_mul_ps(scale, _mm512_set1_ps(32768.0f + 128.0f));
 #pragma GCC unroll 8
       for (int q = 0; q < 8; q++) {
-        prefetch(reinterpret_cast<const char*>(w) + ahead + g * 512 + q * 64);
+        prefetch(reinterpret_cast<const char*>(w) + infer_ahead + g * 512 + q * 64);
         const __m512i v = _mm512_loadu_si512(w + g * 512 + q * 64);
         const auto value = [&](__m512i x) {
           const __m512i f = _mm512_ternarylogic_epi32(x, mask, magic, 0xea);  // x & mask | magic

@@ -119,6 +119,27 @@ static void add_row(float* y, const float* x, int64_t n) {
   for (int64_t i = 0; i < n; i++) y[i] += x[i];
 }
 
+static int64_t first_largest(const float* x, int64_t n, float* value) {
+  constexpr float infinity = __builtin_inff();
+  float top = -infinity;
+  int bad = 0;
+#pragma omp simd reduction(max : top) reduction(| : bad)
+  for (int64_t i = 0; i < n; i++) {
+    top = x[i] > top ? x[i] : top;
+    bad |= !(x[i] < infinity);
+  }
+  *value = bad != 0 ? __builtin_nanf("") : top;
+  for (int64_t i = 0; bad == 0 && i < n; i += 64) {
+    const int64_t end = n - i < 64 ? n : i + 64;
+    int found = 0;
+#pragma omp simd reduction(| : found)
+    for (int64_t j = i; j < end; j++) found |= x[j] == top;
+    for (int64_t j = i; found != 0 && j < end; j++)
+      if (x[j] == top) return j;
+  }
+  return 0;
+}
+
 static void nothing() {}
 
 extern const InferKernels infer_kernels;  // NOLINT(readability-redundant-declaration): const alone would be internal
@@ -133,6 +154,7 @@ const InferKernels infer_kernels = {
     .put_bf16 = infer_put_bf16,
     .put_q8 = infer_put_q8,
     .bf16_row = infer_bf16_row,
+    .first_largest = first_largest,
     .few_f32 = few_f32,
     .few_bf16 = few_bf16,
     .few_i8 = few_i8,
