@@ -16,15 +16,29 @@ namespace mm {
 static std::atomic<size_t> g_device_bytes{0};
 size_t device_bytes_in_use() { return g_device_bytes; }
 
+// Large pages spare TLB misses on weights, activations, keys and values. The system gives them for whole, aligned 2 MB.
+static constexpr size_t large_page = size_t{2} << 20;
+static bool in_large_pages(size_t bytes) { return bytes >= 2 * large_page; }
+static size_t mapped_bytes(size_t bytes) {
+  return in_large_pages(bytes) ? (bytes + large_page - 1) / large_page * large_page : bytes;
+}
+
+static void unmap_host(void* p, size_t bytes) { ::munmap(p, mapped_bytes(bytes)); }
+
 static void* map_host(size_t bytes) {
-  void* p = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  const size_t size = mapped_bytes(bytes), more = in_large_pages(bytes) ? large_page : 0;
+  void* p = ::mmap(nullptr, size + more, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (p == MAP_FAILED) {
     throw Error("memory", human_bytes(static_cast<double>(bytes)) + " from the system", "a refusal",
                 "use a smaller model, batch or sequence length");
   }
-  // Large pages spare TLB misses on weights and activations; a refusal does not matter.
-  if (bytes >= size_t{4} << 20) ::madvise(p, bytes, MADV_HUGEPAGE);
-  return p;
+  if (more == 0) return p;
+  char* const begin = static_cast<char*>(p);
+  const size_t before = (large_page - reinterpret_cast<uintptr_t>(p) % large_page) % large_page;
+  if (before > 0) ::munmap(begin, before);
+  if (more > before) ::munmap(begin + before + size, more - before);
+  ::madvise(begin + before, size, MADV_HUGEPAGE);  // a refusal does not matter
+  return begin + before;
 }
 
 #ifdef MM_CUDA
@@ -84,7 +98,7 @@ void* allocate(size_t bytes, Memory where) {
 }
 
 void release(void* p, size_t bytes, Memory where) noexcept {
-  if (where == Memory::host) ::munmap(p, bytes);
+  if (where == Memory::host) unmap_host(p, bytes);
   else if (where == Memory::cuda) (void)cudaFree(p), g_device_bytes -= bytes;
   else (void)cudaFreeHost(p);
 }
@@ -124,7 +138,7 @@ void* allocate(size_t bytes, Memory where) {
   return map_host(bytes);
 }
 
-void release(void* p, size_t bytes, Memory) noexcept { ::munmap(p, bytes); }
+void release(void* p, size_t bytes, Memory) noexcept { unmap_host(p, bytes); }
 void copy_async(void*, const void*, size_t, CUstream_st*) { MM_CHECK(false, "a build without CUDA"); }
 void synchronize(CUstream_st*) { MM_CHECK(false, "a build without CUDA"); }
 Fence::~Fence() = default;

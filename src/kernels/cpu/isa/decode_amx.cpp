@@ -69,16 +69,19 @@ struct FewRows {
       _tile_zero(1);
       _tile_zero(2);
       _tile_zero(3);
-      for (int64_t t = 0; t < d32; t += 32) {
+      for (int64_t t = 0; t < d32; t += 64) {
+        const bool two = t + 32 < d32;
         _tile_loadd(6, qt + t * n_row, 16);
-        _tile_loadd(4, k[0] + t, stride[0]);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(5, k[1] + t, stride[1]);
-        _tile_dpbf16ps(1, 5, 6);
-        _tile_loadd(4, k[2] + t, stride[2]);
-        _tile_dpbf16ps(2, 4, 6);
-        _tile_loadd(5, k[3] + t, stride[3]);
-        _tile_dpbf16ps(3, 5, 6);
+        if (two) _tile_loadd(7, qt + (t + 32) * n_row, 16);
+#define MM_SCORE(i)                                \
+  _tile_loadd(4, k[i] + t, stride[i]);             \
+  _tile_dpbf16ps(i, 4, 6);                         \
+  if (two) {                                       \
+    _tile_loadd(5, k[i] + t + 32, stride[i]);      \
+    _tile_dpbf16ps(i, 5, 7);                       \
+  }
+        MM_SCORE(0) MM_SCORE(1) MM_SCORE(2) MM_SCORE(3)
+#undef MM_SCORE
       }
       float* to = st + (key - begin) * n_row;
       _tile_stored(0, to, 16);
