@@ -25,7 +25,7 @@ constexpr int64_t split_block = 16;
 int64_t key_blocks(int64_t n_key) { return (n_key + split_block - 1) / split_block; }
 
 // Position `at` of the sum over items of (blocks + 1): an item costs something of its own.
-constexpr int64_t item_cost = 1;
+constexpr int64_t item_cost = 2;
 
 }  // namespace
 
@@ -56,7 +56,7 @@ void split_keys(StepShared& shared, int n_thread) {
       passed += key_blocks(step.kv_len[item / n_kv]) + item_cost;
       item++;
     }
-    bounds[t] = {item, std::max<int64_t>(0, at - passed - item_cost)};
+    bounds[t] = {item, item < n_item ? std::min(at - passed, key_blocks(step.kv_len[item / n_kv]) - 1) : 0};
   }
 }
 
