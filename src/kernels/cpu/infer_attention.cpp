@@ -166,36 +166,31 @@ void Worker::attend_decode(const InferLayer& layer, int64_t l) {
   }
 }
 
+// The partial sums of an item, into b_.parts; 0: it was not split.
+int Worker::parts_of(int64_t item) const {
+  if (!s_.decode) return 0;
+  int first = 1, n = 0;  // the first border inside the item
+  while (first < n_ && (p_.bounds[first].item != item || p_.bounds[first].block == 0)) first++;
+  if (first >= n_) return 0;
+  b_.parts[n++] = p_.partial + (2 * (first - 1) + 1) * p_.partial_floats;
+  for (int t = first; t < n_ && p_.bounds[t].item == item; t++) {
+    const KeyBoundary &b = p_.bounds[t], &e = p_.bounds[t + 1];
+    if (b.item != e.item || b.block != e.block) b_.parts[n++] = p_.partial + 2 * t * p_.partial_floats;
+  }
+  return n;
+}
+
 void Worker::combine_token(int64_t token, float* to) const {
-  const int64_t group = m_.n_head / m_.n_kv_head, dh = m_.d_head, n = group * dh;
-  for (int64_t kv_head = 0; kv_head < m_.n_kv_head; kv_head++, to += n) {
-    const int64_t item = token * m_.n_kv_head + kv_head;
-    int first = 1;  // the first border inside the item
-    while (s_.decode && first < n_ && (p_.bounds[first].item != item || p_.bounds[first].block == 0)) first++;
-    if (!s_.decode || first >= n_) {
-      std::memcpy(to, p_.attn + item * n, static_cast<size_t>(n) * 4);
-      continue;
-    }
-    for (int64_t h = 0; h < group; h++) {
-      const auto for_parts = [&](auto&& f) {
-        const auto part = [&](int slot) { f(p_.partial + slot * p_.partial_floats + h * (dh + 2)); };
-        part(2 * (first - 1) + 1);
-        for (int t = first; t < n_ && p_.bounds[t].item == item; t++) {
-          const KeyBoundary &b = p_.bounds[t], &e = p_.bounds[t + 1];
-          if (b.item != e.item || b.block != e.block) part(2 * t);
-        }
-      };
-      float top = -INFINITY, sum = 0;
-      for_parts([&](const float* part) { top = part[dh] > top ? part[dh] : top; });
-      const float shift = top == -INFINITY ? 0.0f : top;
-      std::memset(to + h * dh, 0, static_cast<size_t>(dh) * 4);
-      for_parts([&](const float* part) {
-        const float weight = std::exp(part[dh] - shift);
-        sum += weight * part[dh + 1];
-        k_.axpy(to + h * dh, weight, part, dh);
-      });
-      k_.scale(to + h * dh, 1.0f / sum, dh);
-    }
+  const int64_t group = m_.n_head / m_.n_kv_head, n = group * m_.d_head;
+  // Other cores have just written them: ask for all before the first is needed.
+  for (int64_t item = token * m_.n_kv_head; item < (token + 1) * m_.n_kv_head; item++) {
+    for (int i = parts_of(item) - 1; i >= 0; i--)
+      for (int64_t at = 0; at < p_.partial_floats; at += 16) __builtin_prefetch(b_.parts[i] + at);
+  }
+  for (int64_t item = token * m_.n_kv_head; item < (token + 1) * m_.n_kv_head; item++, to += n) {
+    const int n_part = parts_of(item);
+    if (n_part > 0) k_.merge_parts(to, b_.parts, n_part, group, m_.d_head);
+    else std::memcpy(to, p_.attn + item * n, static_cast<size_t>(n) * 4);
   }
 }
 

@@ -64,7 +64,8 @@ struct InferKernels {
                     int d_head);
   void (*add)(float* y, const float* x, int64_t n);            // y += x
   void (*axpy)(float* y, float a, const float* x, int64_t n);  // y += a x
-  void (*scale)(float* y, float a, int64_t n);
+  // out [group, d_head] from partial sums as AttendArgs::partial has them.
+  void (*merge_parts)(float* out, const float* const* parts, int n_part, int64_t group, int64_t d_head);
   void (*put_kv)(KvFormat format, void* to, float* scale, const float* x, int64_t n);  // one row of one head
   // Columns [begin, begin + n) of an operand row; begin and n are multiples of 32 (n may end at k, then zeros fill up
   // to kp). row_base: bf16: the row's first chunk, chunks are infer_tile apart; q8: the row.

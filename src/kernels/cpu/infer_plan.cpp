@@ -76,8 +76,8 @@ struct Cursor {
 
 }  // namespace
 
-size_t StepPlan::lay_out(char* scratch, const InferModel& m, int64_t tokens, int64_t outs, int n_thread) {
-  n_tok = tokens, n_out = outs;
+size_t StepPlan::lay_out(char* scratch, const InferModel& m, int64_t tokens, int64_t outs, int threads) {
+  n_tok = tokens, n_out = outs, n_thread = threads;
   const bool moe = m.n_expert > 0;
   const int64_t dh = m.d_head, q_width = m.n_head * dh, width = q_width + 2 * m.n_kv_head * dh;
   const int64_t group = m.n_head / m.n_kv_head, n_group = moe ? m.n_expert + m.n_shared : 1;
@@ -124,6 +124,7 @@ size_t ThreadBuffers::lay_out(char* memory, const StepPlan& plan, const InferMod
   at.take(&groups, m.n_expert_per_tok + m.n_shared);
   at.take(&experts, m.n_expert_per_tok);
   at.take(&expert_weights, m.n_expert_per_tok);
+  at.take(&parts, plan.n_thread);
   at.take(&q, group * dh);
   at.take(&attend, (4 * infer_key_block * dp + rows * (3 * dp + 2 * infer_key_block + 4)) * 4 + 4096);
   return at.used;

@@ -73,6 +73,7 @@ struct StepPlan {
   FfnGroup* groups = nullptr;
   char* thread_memory = nullptr;
   int64_t thread_bytes = 0, partial_floats = 0;
+  int n_thread = 1;
 
   // Lays the buffers out from `scratch` (null: only counts) for so many threads; returns the bytes used.
   size_t lay_out(char* scratch, const InferModel& m, int64_t n_tok, int64_t n_out, int n_thread);
@@ -86,8 +87,9 @@ struct ThreadBuffers {
   FfnGroup* groups = nullptr;                         // of one token
   int32_t* experts = nullptr;
   float* expert_weights = nullptr;
-  float* q = nullptr;      // rotated queries of one kv head
-  char* attend = nullptr;  // AttendArgs::scratch
+  const float** parts = nullptr;  // partial sums of one sequence and kv head
+  float* q = nullptr;             // rotated queries of one kv head
+  char* attend = nullptr;         // AttendArgs::scratch
 
   size_t lay_out(char* memory, const StepPlan& plan, const InferModel& m);
 };

@@ -80,6 +80,7 @@ class Worker {
   void attend(const AttendArgs& a, bool f32) const;
   void attend_tasks(int64_t l);
   void attend_decode(const InferLayer& layer, int64_t l);
+  int parts_of(int64_t item) const;
   void combine_token(int64_t token, float* to) const;  // attention of one token, all heads
 
   // infer_moe.cpp

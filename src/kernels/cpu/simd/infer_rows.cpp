@@ -119,6 +119,27 @@ static void add_row(float* y, const float* x, int64_t n) {
   for (int64_t i = 0; i < n; i++) y[i] += x[i];
 }
 
+static void merge_parts(float* out, const float* const* parts, int n_part, int64_t group, int64_t d_head) {
+  constexpr float infinity = __builtin_inff();
+  for (int64_t h = 0; h < group; h++, out += d_head) {
+    const int64_t at = h * (d_head + 2);
+    float top = -infinity, sum = 0;
+    for (int i = 0; i < n_part; i++) top = parts[i][at + d_head] > top ? parts[i][at + d_head] : top;
+    const float shift = top == -infinity ? 0.0f : top;
+    for (int64_t d = 0; d < d_head; d++) out[d] = 0;
+    for (int i = 0; i < n_part; i++) {
+      const float* x = parts[i] + at;
+      const float weight = x[d_head] == shift ? 1.0f : exp_f32(x[d_head] - shift);
+      sum += weight * x[d_head + 1];
+#pragma omp simd
+      for (int64_t d = 0; d < d_head; d++) out[d] += weight * x[d];
+    }
+    const float inv = 1.0f / sum;
+#pragma omp simd
+    for (int64_t d = 0; d < d_head; d++) out[d] *= inv;
+  }
+}
+
 static int64_t first_largest(const float* x, int64_t n, float* value) {
   constexpr float infinity = __builtin_inff();
   float top = -infinity;
@@ -149,7 +170,7 @@ const InferKernels infer_kernels = {
     .rope_head = infer_rope_head,
     .add = add_row,
     .axpy = axpy,
-    .scale = scale,
+    .merge_parts = merge_parts,
     .put_kv = infer_put_kv,
     .put_bf16 = infer_put_bf16,
     .put_q8 = infer_put_q8,
