@@ -5,11 +5,20 @@
 #pragma once
 
 #include <atomic>
+#include <cstdint>
 
 namespace mm {
 
 class SpinBarrier {
  public:
+  // Before a team of n threads begins to wait; no thread may be waiting.
+  void begin(int n) {
+    if (n == n_) return;
+    for (auto& of_thread : flags_)
+      for (Flag& f : of_thread) f.raised.store(0, std::memory_order_relaxed);
+    n_ = n;
+  }
+
   // All n threads of the team call it, each with its number; what one wrote before, the others see after. meanwhile()
   // is called over and over while the thread waits, and should take no longer than a few dozen instructions.
   template <class F>
@@ -20,7 +29,7 @@ class SpinBarrier {
       return;
     }
     // One less than what all of this round raise.
-    const int before = flags_[thread][thread].raised.load(std::memory_order_relaxed);
+    const uint32_t before = flags_[thread][thread].raised.load(std::memory_order_relaxed);
     flags_[thread][thread].raised.store(before + 1, std::memory_order_relaxed);
     for (int t = 0; t < n; t++)
       if (t != thread) flags_[t][thread].raised.store(before + 1, std::memory_order_release);
@@ -44,12 +53,12 @@ class SpinBarrier {
   static constexpr int spins_before_sleep = 10000;
 
   struct alignas(64) Flag {
-    std::atomic<int> raised{0};
+    std::atomic<uint32_t> raised{0};  // goes round
   };
 
   void wait_counting(int n) {
-    std::atomic<int>& round = flags_[0][0].raised;
-    const int before = round.load(std::memory_order_relaxed);
+    std::atomic<uint32_t>& round = flags_[0][0].raised;
+    const uint32_t before = round.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == n) {
       arrived_.store(0, std::memory_order_relaxed);
       round.store(before + 1, std::memory_order_release);
@@ -69,6 +78,7 @@ class SpinBarrier {
 #endif
   }
 
+  int n_ = 0;
   alignas(64) std::atomic<int> arrived_{0};
   Flag flags_[max_flags][max_flags];  // [waiting thread][raising thread]
 };

@@ -322,13 +322,12 @@ void EngineCore::take_rows(StepItem& item, const StepPlan& plan, const StepResul
     return result.logits.data() + (it - of.begin()) * setup_.n_vocab;
   };
   const auto drawn = [&](int64_t row) { return result.ids[static_cast<size_t>(row)]; };
-  const std::string broken =
+  const char* const broken =
       s.request->grammar != nullptr
           ? "no token of the vocabulary can continue the text within the requested format, or the logits are not finite"
           : "the model's logits are not finite; its weights or its run are broken";
-  // Choices are split off before the first goes on.
-  std::vector<Sequence*> all = {&s};
-  if (s.n_fork > 0) {
+  if (s.n_fork > 0) {  // choices are split off before the first goes on
+    std::vector<Sequence*> all = {&s};
     for (int64_t i = 1; i < item.n_row; i++) {
       Sequence& child = scheduler_.fork(s, s.choice + static_cast<int>(i));
       start_choice(child);

@@ -128,7 +128,11 @@ void infer_step(const InferModel& model, const InferKv& kv, const InferStep& ste
 void infer_step_with(const InferKernels& kernels, const InferModel& model, const InferKv& kv, const InferStep& step,
                      void* scratch, bool batch_invariant) {
   if (step.n_tok == 0) return;
-  StepShared shared{.model = model, .kv = kv, .step = step, .k = kernels, .invariant = batch_invariant};
+  // Kept from step to step: its flags stay in the caches of the threads that use them.
+  static thread_local SpinBarrier barrier;
+  barrier.begin(num_threads());
+  StepShared shared{
+      .model = model, .kv = kv, .step = step, .k = kernels, .barrier = barrier, .invariant = batch_invariant};
   shared.plan.lay_out(static_cast<char*>(scratch), model, step.n_tok, step.n_out, num_threads());
   shared.decode = !batch_invariant && step.n_tok == step.n_seq;
   for (int64_t s = 0; s < step.n_seq; s++) shared.decode = shared.decode && step.cu[s + 1] - step.cu[s] == 1;

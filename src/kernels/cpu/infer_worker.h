@@ -14,12 +14,12 @@ struct StepShared {
   const InferKv& kv;
   const InferStep& step;
   const InferKernels& k;
+  SpinBarrier& barrier;
   StepPlan plan;
   bool invariant = false;
   bool short_past = false;  // so few keys a thread that fp32 attention beats tiles
   bool decode = false;      // every sequence has one token, so keys may be split over threads
   bool alone = false;       // so few tokens that every thread prepares the operands for itself
-  SpinBarrier barrier;
   std::atomic<int64_t> next_task[2] = {0, 0};  // attention's, of even and odd layers
 };
 
