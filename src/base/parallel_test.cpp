@@ -2,9 +2,12 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <chrono>
+#include <thread>
 #include <vector>
 
 #include "base/rng.h"
+#include "base/spin_barrier.h"
 #include "base/thread_team.h"
 
 namespace mm {
@@ -31,6 +34,29 @@ TEST(ThreadTeam, NestedCallsRunHere) {
   std::atomic<int> total{0};
   parallel_team([&](int, int) { parallel_team([&](int thread, int n) { total += thread == 0 && n == 1; }); });
   EXPECT_EQ(total, num_threads());
+  set_num_threads(0);
+}
+
+// Plain numbers written before the barrier are all seen behind it, in small and large teams, also where the team's size
+// changes between them and one thread sleeps through the others' spinning.
+TEST(SpinBarrier, WhatWasWrittenBeforeIsSeenBehind) {
+  SpinBarrier barrier;
+  for (const int threads : {4, 2, 9, 3, 8, 1, 4}) {
+    set_num_threads(threads);
+    barrier.begin(threads);
+    std::vector<int64_t> written(static_cast<size_t>(threads));
+    std::atomic<int> wrong{0};
+    parallel_team([&](int thread, int n) {
+      for (int64_t round = 1; round <= 200; round++) {
+        if (round == 100 && thread == 0) std::this_thread::sleep_for(std::chrono::milliseconds(20));
+        written[static_cast<size_t>(thread)] = round * 100 + thread;
+        barrier.wait(thread, n, [] {});
+        for (int t = 0; t < n; t++) wrong += written[static_cast<size_t>(t)] != round * 100 + t;
+        barrier.wait(thread, n, [] {});
+      }
+    });
+    EXPECT_EQ(wrong, 0) << threads << " threads";
+  }
   set_num_threads(0);
 }
 

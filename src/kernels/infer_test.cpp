@@ -60,6 +60,7 @@ class Session {
     const auto n_tok = static_cast<int64_t>(all.size());
     Guarded scratch(cpu::infer_scratch_bytes(model_.view, n_tok, n_tok));
     Guarded logits(static_cast<size_t>(n_tok * model_.shape.vocab) * 4);
+    std::vector<int32_t> best(static_cast<size_t>(n_tok), -7);
     const InferStep s{.n_tok = n_tok,
                       .n_seq = static_cast<int64_t>(lens.size()),
                       .n_out = n_tok,
@@ -72,12 +73,18 @@ class Session {
                       .table_ld = ld,
                       .block_shift = block_shift,
                       .out_rows = out_rows.data(),
-                      .logits = reinterpret_cast<float*>(logits.data())};
+                      .logits = reinterpret_cast<float*>(logits.data()),
+                      .best = best.data()};
     cpu::infer_step_with(kernels_, model_.view, kv_, s, scratch.data(), invariant_);
     EXPECT_TRUE(scratch.intact() && logits.intact());
     for (int i = 0; i < 2; i++)
       EXPECT_TRUE(cache_[static_cast<size_t>(i)].intact() && scales_[static_cast<size_t>(i)].intact());
     const auto* p = reinterpret_cast<const float*>(logits.data());
+    for (size_t r = 0; r < best.size(); r++) {
+      const float *row = p + static_cast<int64_t>(r) * model_.shape.vocab, *end = row + model_.shape.vocab;
+      const bool broken = std::any_of(row, end, [](float x) { return !(x < INFINITY); });
+      EXPECT_EQ(best[r], broken ? -1 : std::max_element(row, end) - row) << "row " << r;
+    }
     return {p, p + n_tok * model_.shape.vocab};
   }
 
@@ -289,6 +296,30 @@ TEST(Infer, NotANumberReachesItsOwnSequenceOnly) {
             ASSERT_EQ(std::isnan(got[i]), i >= v)
                 << isa_name(isa) << " weights " << static_cast<int>(weights) << " " << i;
         }
+      }
+    }
+  }
+}
+
+TEST(Infer, FirstLargest) {
+  for (const auto& [isa, kernels] : cpu::all_infer_kernels()) {
+    for (const int64_t n : {1, 15, 16, 17, 63, 64, 65, 200}) {
+      const auto largest = [&](std::initializer_list<std::pair<int64_t, float>> at, float rest, float* value) {
+        std::vector<float> x(static_cast<size_t>(n), rest);
+        for (const auto& [i, v] : at)
+          if (i < n) x[static_cast<size_t>(i)] = v;
+        return kernels.first_largest(x.data(), n, value);
+      };
+      SCOPED_TRACE(std::string(isa_name(isa)) + ", " + std::to_string(n));
+      float value = 0;
+      EXPECT_EQ(largest({{n - 1, 3.0f}}, -1.0f, &value), n - 1);
+      EXPECT_EQ(value, 3.0f);
+      EXPECT_EQ(largest({{n / 2, 3.0f}, {n - 1, 3.0f}}, -1.0f, &value), n / 2);  // the first of equal ones
+      EXPECT_EQ(largest({}, -INFINITY, &value), 0);
+      EXPECT_EQ(value, -INFINITY);
+      for (const float broken : {NAN, INFINITY}) {
+        largest({{n - 1, broken}}, 1.0f, &value);
+        EXPECT_TRUE(std::isnan(value));
       }
     }
   }

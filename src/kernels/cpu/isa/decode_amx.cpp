@@ -45,16 +45,18 @@ struct FewRows {
   }
 
   void pack_queries() {
-    for (int64_t r = 0; r < n_row; r++) {
-      for (int64_t i = 0; i < d32; i += 16) {
-        const int64_t left = kv.dh - i;
-        const bool none = r >= rows || left <= 0;
+    // Lane 4 b + r: pair b of row r, from pairs of rows 0 and 1, 2 and 3.
+    const __m512i order = _mm512_set_epi32(27, 19, 11, 3, 26, 18, 10, 2, 25, 17, 9, 1, 24, 16, 8, 0);
+    for (int64_t i = 0; i < d32; i += 16) {
+      __m512 x[n_row];
+      for (int64_t r = 0; r < n_row; r++) {
         const float* q = a.q + r / a.group * a.ldq + r % a.group * kv.dh + i;
-        const __m512 x = none ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(first_lanes(left), q);
-        alignas(32) uint32_t pairs[8];
-        _mm256_store_si256(reinterpret_cast<__m256i*>(pairs), (__m256i)_mm512_cvtneps_pbh(x));
-        for (int64_t j = 0; j < 8; j++) __builtin_memcpy(qt + ((i / 2 + j) * n_row + r) * 2, pairs + j, 4);
+        x[r] = r < rows ? _mm512_maskz_loadu_ps(first_lanes(kv.dh - i), q) : _mm512_setzero_ps();
       }
+      const auto low = (__m512i)_mm512_cvtne2ps_pbh(x[1], x[0]), high = (__m512i)_mm512_cvtne2ps_pbh(x[3], x[2]);
+      _mm512_storeu_si512(qt + i * n_row, _mm512_permutex2var_epi32(low, order, high));
+      _mm512_storeu_si512(qt + i * n_row + 32,
+                          _mm512_permutex2var_epi32(low, _mm512_add_epi32(order, _mm512_set1_epi32(4)), high));
     }
   }
 
