@@ -36,8 +36,8 @@ void Worker::embed() {
 
 void Worker::attention_half(const InferLayer& layer, int64_t l) {
   const int64_t d = m_.d_model;
-  const Operand h = prepare(layer.qkv, p_.n_tok, s_.alone,
-                            [&](int64_t r, float* to) { k_.norm_row(to, p_.x + r * d, layer.input_norm, m_.eps, d); });
+  const auto norm = [&](int64_t r, float* to) { k_.norm_row(to, p_.x + r * d, layer.input_norm, m_.eps, d); };
+  const Operand h = s_.shares && l > 0 ? take() : prepare(layer.qkv, p_.n_tok, s_.alone, norm);
   product(h, 0, p_.n_tok, layer.qkv, p_.qkv, layer.qkv.n, false, &layer.o);
   barrier();
   if (s_.decode) {
@@ -50,21 +50,23 @@ void Worker::attention_half(const InferLayer& layer, int64_t l) {
   barrier();
   const Operand a = prepare(layer.o, p_.n_tok, s_.alone, [&](int64_t r, float* to) { combine_token(r, to); });
   product(a, 0, p_.n_tok, layer.o, p_.x, d, true, m_.n_expert > 0 ? nullptr : &layer.gate_up);
+  if (s_.shares) offer(layer.post_norm);
   barrier();
 }
 
-void Worker::ffn_half(const InferLayer& layer, const InferMatrix* next) {
+void Worker::ffn_half(const InferLayer& layer, const InferMatrix* next, const float* next_norm) {
   if (m_.n_expert > 0) {
     moe_half(layer, next);
     return;
   }
   const int64_t d = m_.d_model;
-  const Operand h = prepare(layer.gate_up, p_.n_tok, s_.alone,
-                            [&](int64_t r, float* to) { k_.norm_row(to, p_.x + r * d, layer.post_norm, m_.eps, d); });
+  const auto norm = [&](int64_t r, float* to) { k_.norm_row(to, p_.x + r * d, layer.post_norm, m_.eps, d); };
+  const Operand h = s_.shares ? take() : prepare(layer.gate_up, p_.n_tok, s_.alone, norm);
   const FfnGroup all{&layer.gate_up, &layer.down, 0, p_.n_tok, 0};
   Operand act{kind_for(layer.down, p_.n_tok), 0, 0, p_.act};
   ffn_inner(h, &all, 1, &act);
   product(act, 0, p_.n_tok, layer.down, p_.x, d, true, next);
+  if (s_.shares) offer(next_norm);
   barrier();
 }
 
@@ -72,11 +74,12 @@ void Worker::head() {
   const int64_t d = m_.d_model, n = p_.n_out;
   if (n == 0) return;
   const bool alone = n == 1;
-  const Operand h = prepare(m_.head, n, alone, [&](int64_t r, float* to) {
+  const auto norm = [&](int64_t r, float* to) {
     k_.norm_row(to, p_.x + step_.out_rows[r] * d, m_.final_norm, m_.eps, d);
     if (step_.hidden != nullptr && (!alone || t_ == 0))
       std::memcpy(step_.hidden + r * d, to, static_cast<size_t>(d) * 4);
-  });
+  };
+  const Operand h = s_.shares && step_.hidden == nullptr ? take() : prepare(m_.head, n, alone, norm);
   if (step_.logits == nullptr) return;
   product(h, 0, n, m_.head, step_.logits, m_.n_vocab, false, &m_.layers[0].qkv);
   if (step_.best == nullptr) return;
@@ -113,8 +116,9 @@ void Worker::run() {
   k_.begin_thread();
   embed();
   for (int64_t l = 0; l < m_.n_layer; l++) {
+    const InferLayer* const next = l + 1 < m_.n_layer ? &m_.layers[l + 1] : nullptr;
     attention_half(m_.layers[l], l);
-    ffn_half(m_.layers[l], l + 1 < m_.n_layer ? &m_.layers[l + 1].qkv : &m_.head);
+    ffn_half(m_.layers[l], next != nullptr ? &next->qkv : &m_.head, next != nullptr ? next->input_norm : m_.final_norm);
   }
   head();
   k_.end_thread();
@@ -137,6 +141,10 @@ void infer_step_with(const InferKernels& kernels, const InferModel& model, const
   shared.decode = !batch_invariant && step.n_tok == step.n_seq;
   for (int64_t s = 0; s < step.n_seq; s++) shared.decode = shared.decode && step.cu[s + 1] - step.cu[s] == 1;
   shared.alone = step.n_tok == 1;
+  shared.shares = shared.alone && num_threads() > 1 && !batch_invariant && model.n_expert == 0 &&
+                  shared.plan.share_columns > 0 && kernels.few_rows_i8 > 0;
+  for (int64_t l = 0; l < model.n_layer; l++)
+    shared.shares = shared.shares && model.layers[l].qkv.format == WeightFormat::i8;
   shared.next_task[0] = shared.next_task[1] = 0;
   if (shared.decode) split_keys(shared, num_threads());
   parallel_team([&](int thread, int n_thread) {

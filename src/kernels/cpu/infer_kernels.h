@@ -58,6 +58,8 @@ struct WeightStream {
 struct InferKernels {
   // Rows.
   void (*norm_row)(float* y, const float* x, const float* w, float eps, int64_t d);
+  // h = x w; squares[i] is the sum of the squares of x[32 i ..]. n is a multiple of 32.
+  void (*weigh)(float* h, float* squares, const float* x, const float* w, int64_t n);
   void (*swiglu)(float* act, const float* gate, const float* up, int64_t n);
   // One head: RMSNorm with w where it is given, then the rotation.
   void (*rope_head)(float* y, const float* x, const float* w, const float* cos, const float* sin, float eps,

@@ -93,6 +93,9 @@ size_t StepPlan::lay_out(char* scratch, const InferModel& m, int64_t tokens, int
           std::max({operand_bytes(n_slot, m.d_model), operand_bytes(n_tok, q_width), operand_bytes(n_out, m.d_model)}));
   at.take(&act, operand_bytes(n_slot, ffn));
   at.take(&gate_up, ffn % 32 != 0 ? n_slot * 2 * ffn : 0);
+  share_columns = m.d_model % (32 * n_thread) == 0 && m.d_model % infer_k_pad == 0 ? m.d_model / n_thread : 0;
+  share_bytes = round_up(share_columns + share_columns / 32 * 12, 64);
+  at.take(&shares, share_bytes * n_thread);
   partial_floats = group * (dh + 2);
   at.take(&partial, 2 * n_thread * partial_floats);
   at.take(&bounds, n_thread + 1);

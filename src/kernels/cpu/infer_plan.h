@@ -65,6 +65,7 @@ struct StepPlan {
   int64_t n_tok = 0, n_out = 0, n_slot = 0, max_k = 0, ffn = 0;
   float *x = nullptr, *qkv = nullptr, *attn = nullptr, *h = nullptr, *gate_up = nullptr, *expert_out = nullptr;
   char *operand = nullptr, *act = nullptr;  // operands of the next product, and of the feed-forward's second one
+  char* shares = nullptr;                   // [threads][share_bytes]: see Worker::offer
   float* partial = nullptr;                 // [2 threads][group][d_head + 2]
   KeyBoundary* bounds = nullptr;            // [threads + 1]
   PartBest* best = nullptr;                 // [threads][n_out]
@@ -73,6 +74,7 @@ struct StepPlan {
   FfnGroup* groups = nullptr;
   char* thread_memory = nullptr;
   int64_t thread_bytes = 0, partial_floats = 0;
+  int64_t share_columns = 0, share_bytes = 0;  // of x; 0: it does not divide into groups of 32 for every thread
   int n_thread = 1;
 
   // Lays the buffers out from `scratch` (null: only counts) for so many threads; returns the bytes used.

@@ -17,9 +17,10 @@ struct StepShared {
   SpinBarrier& barrier;
   StepPlan plan;
   bool invariant = false;
-  bool short_past = false;  // so few keys a thread that fp32 attention beats tiles
-  bool decode = false;      // every sequence has one token, so keys may be split over threads
-  bool alone = false;       // so few tokens that every thread prepares the operands for itself
+  bool short_past = false;                     // so few keys a thread that fp32 attention beats tiles
+  bool decode = false;                         // every sequence has one token, so keys may be split over threads
+  bool shares = false;                         // one token whose norms are split by columns: offer() and take()
+  bool alone = false;                          // so few tokens that every thread prepares the operands for itself
   std::atomic<int64_t> next_task[2] = {0, 0};  // attention's, of even and odd layers
 };
 
@@ -33,7 +34,8 @@ class Worker {
   // infer.cpp
   void embed();
   void attention_half(const InferLayer& layer, int64_t l);
-  void ffn_half(const InferLayer& layer, const InferMatrix* next);
+  // next: the product to follow, behind next_norm.
+  void ffn_half(const InferLayer& layer, const InferMatrix* next, const float* next_norm);
   void head();
   void find_best(int64_t begin, int64_t end);  // of the logits' columns [begin, end)
 
@@ -70,6 +72,10 @@ class Worker {
     if (!alone) barrier();
     return to;
   }
+
+  // infer_norm.cpp
+  void offer(const float* norm);
+  Operand take() const;
 
   // infer_attention.cpp
   int64_t rows_of(const InferKv& kv) const { return kv.layer_stride / (m_.n_kv_head * m_.d_head); }

@@ -19,6 +19,17 @@ void infer_norm_row(float* y, const float* x, const float* w, float eps, int64_t
   for (int64_t i = 0; i < d; i++) y[i] = x[i] * r * w[i];
 }
 
+static void weigh(float* h, float* squares, const float* x, const float* w, int64_t n) {
+  for (int64_t i = 0; i < n; i += 32) {
+    float s = 0;
+#pragma omp simd reduction(+ : s)
+    for (int64_t j = i; j < i + 32; j++) s += x[j] * x[j];
+    squares[i / 32] = s;
+#pragma omp simd
+    for (int64_t j = i; j < i + 32; j++) h[j] = x[j] * w[j];
+  }
+}
+
 void infer_swiglu(float* act, const float* gate, const float* up, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; i++) act[i] = gate[i] * sigmoid_f32(gate[i]) * up[i];
@@ -166,6 +177,7 @@ static void nothing() {}
 extern const InferKernels infer_kernels;  // NOLINT(readability-redundant-declaration): const alone would be internal
 const InferKernels infer_kernels = {
     .norm_row = infer_norm_row,
+    .weigh = weigh,
     .swiglu = infer_swiglu,
     .rope_head = infer_rope_head,
     .add = add_row,
