@@ -301,6 +301,35 @@ TEST(Infer, NotANumberReachesItsOwnSequenceOnly) {
   }
 }
 
+// One token, norms split by columns, several kv heads and layers, keys split over the threads.
+TEST(Infer, OneTokenOnSeveralThreads) {
+  const Shape shape{"split", 256, 160, 3, 96, 8, 2, 32};
+  for (const WeightFormat weights : {WeightFormat::bf16, WeightFormat::i8}) {
+    for (const float bad : {0.0f, NAN, INFINITY}) {
+      TestModel model(shape, weights);
+      model.embed_row(3)[5] += bad;
+      const std::vector<int32_t> ids = random_ids(bad == 0 ? 200 : 20, 3, 9);
+      const auto v = static_cast<size_t>(shape.vocab);
+      const std::vector<double> ref = model.logits(ids, 4, KvFormat::bf16);
+      for (const auto& [isa, kernels] : cpu::all_infer_kernels()) {
+        for (const int threads : {1, 2, 4, 8}) {
+          SCOPED_TRACE(std::string(isa_name(isa)) + ", threads " + std::to_string(threads));
+          const Threads team(threads);
+          Session session(model, kernels, KvFormat::bf16, false);
+          session.step({{ids.begin(), ids.end() - 4}});
+          for (size_t i = 0; i < 4; i++) {
+            const std::vector<float> got = session.step({{ids[ids.size() - 4 + i]}});
+            EXPECT_LT(relative_error(got.data(), ref.data() + i * v, v), 0.03) << "token " << i;
+          }
+          const std::vector<float> broken = session.step({{3}});
+          EXPECT_EQ(std::count_if(broken.begin(), broken.end(), [](float x) { return !std::isfinite(x); }),
+                    bad == 0 ? 0 : shape.vocab);
+        }
+      }
+    }
+  }
+}
+
 TEST(Infer, FirstLargest) {
   for (const auto& [isa, kernels] : cpu::all_infer_kernels()) {
     for (const int64_t n : {1, 15, 16, 17, 63, 64, 65, 200}) {
