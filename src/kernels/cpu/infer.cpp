@@ -5,10 +5,12 @@
 //
 // Products are split by rows of the weights, the same rows for the same thread in every step, so that a thread's part
 // stays in its caches as far as it fits. With one token each thread prepares the operand (norm, quantization) for
-// itself, which costs less than a barrier; with more the rows are split and a barrier follows. Floor of a decode step:
-// the bytes of the packed weights and of the keys and values over the bandwidth of the level that holds them.
+// itself, which costs less than a barrier, or, of int8 weights, each its columns (infer_norm.cpp); with more tokens the
+// rows are split and a barrier follows. Floor of a decode step: the bytes of the packed weights and of the keys and
+// values over the bandwidth of the level that holds them.
 #include "kernels/cpu/infer.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -124,6 +126,14 @@ void Worker::run() {
   k_.end_thread();
 }
 
+// Whether every product behind a norm is a dense int8 one.
+static bool norms_feed_int8(const InferModel& m) {
+  const auto is_int8 = [](const InferMatrix& w) { return w.format == WeightFormat::i8; };
+  return m.n_expert == 0 && is_int8(m.head) && std::all_of(m.layers, m.layers + m.n_layer, [&](const InferLayer& l) {
+           return is_int8(l.qkv) && is_int8(l.gate_up);
+         });
+}
+
 void infer_step(const InferModel& model, const InferKv& kv, const InferStep& step, void* scratch,
                 bool batch_invariant) {
   infer_step_with(infer_kernels(), model, kv, step, scratch, batch_invariant);
@@ -141,10 +151,8 @@ void infer_step_with(const InferKernels& kernels, const InferModel& model, const
   shared.decode = !batch_invariant && step.n_tok == step.n_seq;
   for (int64_t s = 0; s < step.n_seq; s++) shared.decode = shared.decode && step.cu[s + 1] - step.cu[s] == 1;
   shared.alone = step.n_tok == 1;
-  shared.shares = shared.alone && num_threads() > 1 && !batch_invariant && model.n_expert == 0 &&
-                  shared.plan.share_columns > 0 && kernels.few_rows_i8 > 0;
-  for (int64_t l = 0; l < model.n_layer; l++)
-    shared.shares = shared.shares && model.layers[l].qkv.format == WeightFormat::i8;
+  shared.shares =
+      shared.alone && num_threads() > 1 && !batch_invariant && shared.plan.share_columns > 0 && norms_feed_int8(model);
   shared.next_task[0] = shared.next_task[1] = 0;
   if (shared.decode) split_keys(shared, num_threads());
   parallel_team([&](int thread, int n_thread) {
