@@ -27,6 +27,7 @@ const TileConfig score_tiles = tiles_of({16, 16, 16, 16, 16, 16, 16, 16}, {16, 1
 // 0-3 output [4][16], 4 and 5 values [16 pairs][16][2], 6 weights [4][32 keys].
 const TileConfig value_tiles = tiles_of({4, 4, 4, 4, 16, 16, 4, 4}, {64, 64, 64, 64, 64, 64, 64, 64});
 
+// Of a cache that KvRows::direct() holds for: d_head is a multiple of 32.
 struct FewRows {
   const AttendArgs& a;
   KvRows kv;
@@ -51,7 +52,7 @@ struct FewRows {
       __m512 x[n_row];
       for (int64_t r = 0; r < n_row; r++) {
         const float* q = a.q + r / a.group * a.ldq + r % a.group * kv.dh + i;
-        x[r] = r < rows ? _mm512_maskz_loadu_ps(first_lanes(kv.dh - i), q) : _mm512_setzero_ps();
+        x[r] = r < rows ? _mm512_loadu_ps(q) : _mm512_setzero_ps();
       }
       const auto low = (__m512i)_mm512_cvtne2ps_pbh(x[1], x[0]), high = (__m512i)_mm512_cvtne2ps_pbh(x[3], x[2]);
       _mm512_storeu_si512(qt + i * n_row, _mm512_permutex2var_epi32(low, order, high));
@@ -210,12 +211,8 @@ struct FewRows {
       const __m512 inv = _mm512_set1_ps(a.partial != nullptr ? 1.0f : 1.0f / s[r]);
       for (int64_t c = 0; c < d32; c += 32) {
         const __m512 lo = _mm512_loadu_ps(o + r * d32 + c), hi = _mm512_loadu_ps(o + r * d32 + c + 16);
-        _mm512_mask_storeu_ps(to + c, first_lanes(kv.dh - c),
-                              _mm512_mul_ps(_mm512_permutex2var_ps(lo, first, hi), inv));
-        if (kv.dh - c > 16) {
-          _mm512_mask_storeu_ps(to + c + 16, first_lanes(kv.dh - c - 16),
-                                _mm512_mul_ps(_mm512_permutex2var_ps(lo, second, hi), inv));
-        }
+        _mm512_storeu_ps(to + c, _mm512_mul_ps(_mm512_permutex2var_ps(lo, first, hi), inv));
+        _mm512_storeu_ps(to + c + 16, _mm512_mul_ps(_mm512_permutex2var_ps(lo, second, hi), inv));
       }
       if (a.partial != nullptr) to[kv.dh] = m[r], to[kv.dh + 1] = s[r];
     }
