@@ -21,11 +21,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define MM_HD __host__ __device__ __forceinline__
-#else
-#define MM_HD inline
-#endif
+#include "base/host_device.h"
 
 namespace mm::cuda {
 
