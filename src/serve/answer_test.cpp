@@ -18,8 +18,8 @@ const ApiContext& context() {
   return c;
 }
 
-// The events that an engine would make of `text`, one a token; the stop id at the end.
-std::vector<EngineEvent> events_of(const std::string& text, int choice, bool logprobs) {
+// The events that an engine would make of `text`, one a token; the stop id at the end of those that stop.
+std::vector<EngineEvent> events_of(const std::string& text, int choice, bool logprobs, FinishReason finish) {
   std::vector<EngineEvent> events;
   std::vector<int32_t> ids = context().tokenizer.encode(text);
   for (const int32_t id : ids) {
@@ -35,13 +35,13 @@ std::vector<EngineEvent> events_of(const std::string& text, int choice, bool log
   }
   EngineEvent last;
   last.choice = choice;
-  last.ids = {context().tokenizer.eos_id()};
-  if (logprobs) {
+  if (finish == FinishReason::stop) last.ids = {context().tokenizer.eos_id()};
+  if (logprobs && !last.ids.empty()) {
     last.logprobs = {-0.25f};
     last.top = {{{last.ids[0], -0.25f}}};
   }
   last.finished = true;
-  last.finish = FinishReason::stop;
+  last.finish = finish;
   last.prompt_tokens = 11;
   last.cached_tokens = 4;
   last.completion_tokens = static_cast<int64_t>(ids.size()) + 1;
@@ -49,12 +49,13 @@ std::vector<EngineEvent> events_of(const std::string& text, int choice, bool log
   return events;
 }
 
-std::string run(const ApiCall& call, const std::vector<std::string>& texts) {
+std::string run(const ApiCall& call, const std::vector<std::string>& texts, FinishReason finish = FinishReason::stop) {
   const auto answer = make_answer(call, context(), {"chatcmpl-1", 5, "fp_x"});
   std::string out;
   for (size_t i = 0; i < texts.size(); i++) {
     const size_t n = static_cast<size_t>(call.n);
-    for (auto& e : events_of(texts[i], static_cast<int>(i % n), call.logprobs)) answer->event(i / n, std::move(e), out);
+    for (auto& e : events_of(texts[i], static_cast<int>(i % n), call.logprobs, finish))
+      answer->event(i / n, std::move(e), out);
   }
   answer->finish(out);
   return out;
@@ -171,6 +172,39 @@ TEST(Answer, StreamAndWholeSayTheSame) {
       EXPECT_EQ(whole["usage"]["prompt_tokens"], 11);
       EXPECT_EQ(whole["usage"]["prompt_tokens_details"]["cached_tokens"], 4);
       EXPECT_TRUE(chunks.front()["usage"].is_null());
+    }
+  }
+}
+
+// At every length: no markup as content, and the stream joined says what the whole answer says.
+TEST(Answer, ACallThatMaxTokensCuts) {
+  const std::string text = "<tool_call>\n{\"name\": \"f\", \"arguments\": {\"x\": \"你\"}}\n</tool_call>";
+  const std::string arguments = "{\"x\": \"你\"}";
+  const size_t name_end = text.find(", "), entered = text.find('\n');
+  for (size_t n = 0; n <= text.size(); n++) {
+    if (n < text.size() && (static_cast<unsigned char>(text[n]) & 0xC0) == 0x80) continue;  // inside a character
+    for (const bool forced : {true, false}) {
+      if (!forced && n < entered) continue;  // may still be text
+      ApiCall call = chat_call();
+      call.tools = true;
+      call.forced_call = forced;
+      call.split_think = !forced;
+      const auto choice = ordered_json::parse(run(call, {text.substr(0, n)}, FinishReason::length))["choices"][0];
+      call.stream = true;
+      const ordered_json m = assembled(sse(run(call, {text.substr(0, n)}, FinishReason::length)), 0);
+      EXPECT_EQ(choice["finish_reason"], "length");
+      EXPECT_EQ(m["finish"], "length");
+      EXPECT_EQ(m["content"], "") << n;
+      const auto& message = choice["message"];
+      EXPECT_TRUE(message["content"].is_null() || message["content"] == "") << message;
+      ASSERT_EQ(message.contains("tool_calls"), n >= name_end) << text.substr(0, n);
+      ASSERT_EQ(m["calls"].size(), n >= name_end ? 1u : 0u) << text.substr(0, n);
+      if (n < name_end) continue;
+      const auto& function = message["tool_calls"][0]["function"];
+      EXPECT_EQ(function["name"], "f");
+      EXPECT_TRUE(arguments.starts_with(function["arguments"].get<std::string>())) << function;
+      EXPECT_EQ(m["calls"][0]["name"], function["name"]);
+      EXPECT_EQ(m["calls"][0]["arguments"], function["arguments"]);
     }
   }
 }

@@ -38,6 +38,7 @@ struct ApiCall {
   bool thinking = false;                // the prompt ends inside <think>
   bool split_think = true;              // <think> in the text is not content
   bool tools = false;                   // look for tool calls in the text
+  bool forced_call = false;             // it is one call and nothing else
   bool logprobs = false;
   int top_logprobs = 0;
   std::vector<std::string> echo;  // completions: the prompts' texts, where they are to be repeated

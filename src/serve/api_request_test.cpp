@@ -246,6 +246,7 @@ TEST(ApiRequest, DefaultsAndForms) {
   EXPECT_FALSE(none.tools);
   EXPECT_EQ(none.requests[0].prompt, plain.requests[0].prompt);
   const ApiCall forced = parse_chat_request(CHAT(R"("tools": [)" TOOL R"(], "tool_choice": "required")"), context());
+  EXPECT_TRUE(forced.forced_call && !tools.forced_call);
   EXPECT_TRUE(forced.tools && forced.requests[0].grammar != nullptr && !forced.split_think);
 
   const ApiCall many = parse_completion_request(R"({"prompt": ["a", "b"], "n": 2, "echo": true})", context());

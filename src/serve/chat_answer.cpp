@@ -126,7 +126,9 @@ class ChatAnswer : public Answer {
     Choice& choice = choices_[index];
     for (const auto& part : parts_) {
       switch (part.kind) {
-        case ToolStream::Part::Kind::content: field(index, "content", part.text, choice.content, out); break;
+        case ToolStream::Part::Kind::content:  // of a forced call: its own markup, cut
+          if (!call_.forced_call) field(index, "content", part.text, choice.content, out);
+          break;
         case ToolStream::Part::Kind::call:
           choice.called = true;
           choice.calls.push_back({call_id(index, choice.calls.size()), part.text, ""});
@@ -169,7 +171,7 @@ class ChatAnswer : public Answer {
     Choice& choice = choices_[index];
     if (call_.tools) {
       parts_.clear();
-      choice.tools.flush(parts_);
+      choice.tools.flush(parts_, event.finish == FinishReason::length || call_.forced_call);
       give(index, out);
     }
     usage_.add(prompt, event);
@@ -206,7 +208,7 @@ class ChatAnswer : public Answer {
   void whole_choice(size_t index, std::string& out) const {
     const Choice& choice = choices_[index];
     fmt::format_to(std::back_inserter(out), R"({{"index":{},"message":{{"role":"assistant","content":)", index);
-    if (choice.content.empty() && choice.called) out += "null";
+    if (choice.content.empty() && (choice.called || call_.forced_call)) out += "null";
     else append_json_string(choice.content, out);
     out += R"(,"refusal":null)";
     if (!choice.reasoning.empty()) {

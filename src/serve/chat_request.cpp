@@ -197,6 +197,7 @@ ApiCall parse_chat_request(std::string_view body, const ApiContext& context) {
     fields.done();
 
     call.tools = !tools.list.empty();
+    call.forced_call = tools.forced != nullptr;
     // With both a format and tools to choose from, either a call or the format.
     request.grammar = tools.forced != nullptr           ? tools.forced
                       : format != nullptr && call.tools ? Grammar::alternatives({format, one_call_of(tools.list)})

@@ -48,6 +48,18 @@ struct HeadReader {
     cut = true;
     return false;
   }
+  std::string begun_string() {  // as far as it goes
+    space();
+    const size_t quote = at;
+    std::string value;
+    if (string(value) || quote == text.size() || text[quote] != '"') return value;
+    constexpr size_t longest_escape = 12;  // a pair, \ud83d\ude00; the text may end inside it
+    for (size_t n = text.size() - quote, least = n - std::min(n, longest_escape); n > least; n--) {
+      const auto parsed = ordered_json::parse(std::string(text.substr(quote, n)) + '"', nullptr, false);
+      if (parsed.is_string()) return parsed.get<std::string>();
+    }
+    return value;
+  }
 };
 
 }  // namespace
@@ -132,11 +144,11 @@ bool ToolStream::step_buffered(std::vector<Part>& parts) {
   const std::string inner = held_.substr(0, at);
   held_.erase(0, at + kClose.size());
   state_ = State::content;
-  whole_call(inner, std::string(kOpen) + inner + std::string(kClose), parts);
+  if (!whole_call(inner, parts)) content(std::string(kOpen) + inner + std::string(kClose), parts);
   return true;
 }
 
-void ToolStream::whole_call(std::string_view inner, std::string_view verbatim, std::vector<Part>& parts) {
+bool ToolStream::whole_call(std::string_view inner, std::vector<Part>& parts) {
   try {
     const ordered_json call = parse_json(inner, "tool_call");
     const auto name = json_get<std::string>(call, "name", "tool_call");
@@ -148,9 +160,24 @@ void ToolStream::whole_call(std::string_view inner, std::string_view verbatim, s
     parts.push_back({Part::Kind::arguments, std::move(arguments)});
     n_call_++;
     after_call_ = true;
+    return true;
   } catch (const Error&) {
-    content(verbatim, parts);
+    return false;
   }
+}
+
+bool ToolStream::begun_call(std::string_view inner, std::vector<Part>& parts) {
+  HeadReader head{inner};
+  if (!head.word("{")) return head.cut;
+  if (!head.word("\"name\"")) return true;  // its name may come last
+  std::string name;
+  if (!head.word(":") || !head.string(name)) return head.cut;
+  parts.push_back({Part::Kind::call, std::move(name)});
+  n_call_++;
+  if (!head.word(",") || !head.word("\"arguments\"") || !head.word(":")) return true;
+  if (std::string arguments = head.begun_string(); !arguments.empty())
+    parts.push_back({Part::Kind::arguments, std::move(arguments)});
+  return true;
 }
 
 bool ToolStream::step(std::vector<Part>& parts) {
@@ -170,7 +197,7 @@ void ToolStream::push(std::string_view text, std::vector<Part>& parts) {
   }
 }
 
-void ToolStream::flush(std::vector<Part>& parts) {
+void ToolStream::flush(std::vector<Part>& parts, bool unfinished) {
   const std::string rest = std::move(held_);
   held_.clear();
   switch (state_) {
@@ -178,7 +205,10 @@ void ToolStream::flush(std::vector<Part>& parts) {
       if (!after_call_ || rest.find_first_not_of(kSpace) != std::string::npos) content(rest, parts);
       break;
     case State::opening:
-    case State::buffered: whole_call(rest, std::string(kOpen) + rest, parts); break;
+    case State::buffered:
+      if (!whole_call(rest, parts) && !(unfinished && begun_call(rest, parts)))
+        content(std::string(kOpen) + rest, parts);
+      break;
     case State::arguments:
     case State::closing: break;
   }

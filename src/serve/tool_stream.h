@@ -19,7 +19,9 @@ class ToolStream {
   // How the text is cut into pushes changes nothing about the joined parts. White space before, between and behind
   // calls is left out.
   void push(std::string_view text, std::vector<Part>& parts);
-  void flush(std::vector<Part>& parts);  // the text ended; a call whose closing tag alone is missing counts
+  // The text ended; a call whose closing tag alone is missing counts. unfinished: a limit cut it; then a call inside
+  // which it ends is given as far as it is known, from its name on, and its markup is never content.
+  void flush(std::vector<Part>& parts, bool unfinished);
   int n_call() const { return n_call_; }
 
  private:
@@ -30,7 +32,8 @@ class ToolStream {
   bool step_arguments(std::vector<Part>& parts);
   bool step_closing();
   bool step_buffered(std::vector<Part>& parts);
-  void whole_call(std::string_view inner, std::string_view verbatim, std::vector<Part>& parts);
+  bool whole_call(std::string_view inner, std::vector<Part>& parts);  // false: it is none
+  bool begun_call(std::string_view inner, std::vector<Part>& parts);  // false: it could not have become one
   void content(std::string_view text, std::vector<Part>& parts);
 
   State state_ = State::content;

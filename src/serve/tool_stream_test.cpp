@@ -11,11 +11,11 @@ struct Result {
   bool operator==(const Result&) const = default;
 };
 
-Result read(std::string_view text, size_t cut) {
+Result read(std::string_view text, size_t cut, bool unfinished) {
   ToolStream stream;
   std::vector<ToolStream::Part> parts;
   for (size_t at = 0; at < text.size(); at += cut) stream.push(text.substr(at, cut), parts);
-  stream.flush(parts);
+  stream.flush(parts, unfinished);
   Result r;
   for (const auto& p : parts) {
     if (p.kind == ToolStream::Part::Kind::content) r.content += p.text;
@@ -55,7 +55,40 @@ TEST(ToolStream, Table) {
   };
   for (const auto& [text, expected] : table) {
     for (size_t cut = 1; cut <= text.size(); cut++) {
-      const Result r = read(text, cut);
+      const Result r = read(text, cut, false);
+      EXPECT_EQ(r.content, expected.content) << text << " in pieces of " << cut;
+      EXPECT_EQ(r.calls, expected.calls) << text << " in pieces of " << cut;
+    }
+  }
+}
+
+// Cut by a limit inside a call: what is known of it, and no markup.
+TEST(ToolStream, Unfinished) {
+  const std::pair<std::string, Result> table[] = {
+      {"no call at all <tool", {"no call at all <tool", {}}},
+      {"Let me see.\n<tool_call>", {"Let me see.", {}}},
+      {"<tool_call>\n", {"", {}}},
+      {"<tool_call>\n{\"na", {"", {}}},
+      {"<tool_call>\n{\"name\": \"weath", {"", {}}},
+      {"<tool_call>\n{\"name\": \"f\"", {"", {{"f", ""}}}},
+      {"<tool_call>\n{\"name\": \"f\", \"arg", {"", {{"f", ""}}}},
+      {"<tool_call>\n{\"name\": \"f\", \"arguments\": {\"a\": [", {"", {{"f", "{\"a\": ["}}}},
+      {"<tool_call>{\"name\": \"f\", \"arguments\": {}}</tool_call>\n<tool_call>{\"name\": \"g\"",
+       {"", {{"f", "{}"}, {"g", ""}}}},
+      // Arguments in a string, also where an escape is cut
+      {"<tool_call>{\"name\": \"f\", \"arguments\": \"{\\\"a\\\": 1", {"", {{"f", "{\"a\": 1"}}}},
+      {"<tool_call>{\"name\": \"f\", \"arguments\": \"{\\\"a\\\": \\ud83d\\ude", {"", {{"f", "{\"a\": "}}}},
+      {"<tool_call>{\"name\": \"f\", \"arguments\": \"{}\"", {"", {{"f", "{}"}}}},
+      {"<tool_call>{\"name\": \"f\", \"arguments\": \"", {"", {{"f", ""}}}},
+      // Another order: no name yet
+      {"<tool_call>{\"arguments\": {\"a\": 1}, \"na", {"", {}}},
+      // What cannot become a call is text
+      {"<tool_call>nonsense", {"<tool_call>nonsense", {}}},
+      {"<tool_call>{\"name\": 5, ", {"<tool_call>{\"name\": 5, ", {}}},
+  };
+  for (const auto& [text, expected] : table) {
+    for (size_t cut = 1; cut <= text.size(); cut++) {
+      const Result r = read(text, cut, true);
       EXPECT_EQ(r.content, expected.content) << text << " in pieces of " << cut;
       EXPECT_EQ(r.calls, expected.calls) << text << " in pieces of " << cut;
     }

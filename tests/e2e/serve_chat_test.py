@@ -213,6 +213,21 @@ def test_forced_tool_calls(client, choice):
                 assert calls[0][0] == "stop_it" and json.loads(calls[0][1]) == {}
 
 
+def test_forced_tool_calls_cut_short(client):
+    args = {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "weather"}}, "seed": 1}
+    full = chat(client, **args, max_tokens=200).choices[0].message.tool_calls[0].function.arguments
+    lengths = set()
+    for n in range(1, 24):
+        whole = chat(client, **args, max_tokens=n).choices[0]
+        streamed = joined(chat(client, **args, max_tokens=n, stream=True))[0][0]
+        assert whole.finish_reason == streamed["finish"] == "length" and not whole.message.content and not streamed["content"]
+        calls = [(c.function.name, c.function.arguments) for c in whole.message.tool_calls or []]
+        assert calls == [(c["name"], c["arguments"]) for c in streamed["calls"]]
+        assert all(name == "weather" and full.startswith(arguments) for name, arguments in calls)
+        lengths.add(len(calls[0][1]) if calls else -1)
+    assert {-1, 0} < lengths  # nothing yet, the name alone, pieces of the arguments
+
+
 def test_tools_left_to_the_model(client):
     for extra in ({}, {"tool_choice": "auto"}, {"parallel_tool_calls": False}, {"tool_choice": "none"}):
         answer = chat(client, tools=TOOLS, **extra)

@@ -45,11 +45,11 @@ static void check_request(int kind, std::string_view body) {
   }
 }
 
-static std::string calls_of(std::string_view text, size_t cut) {
+static std::string calls_of(std::string_view text, size_t cut, bool unfinished) {
   mm::ToolStream stream;
   std::vector<mm::ToolStream::Part> parts;
   for (size_t at = 0; at < text.size(); at += cut) stream.push(text.substr(at, cut), parts);
-  stream.flush(parts);
+  stream.flush(parts, unfinished);
   std::string content, calls;
   for (const auto& p : parts) {
     if (p.kind == mm::ToolStream::Part::Kind::content) content += p.text;
@@ -63,9 +63,11 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const std::string_view body(reinterpret_cast<const char*>(data + 1), size - 1);
   check_request(data[0] % 5, body);
   if (body.size() > 2000) return 0;
-  const std::string whole = calls_of(body, body.size() + 1);
-  for (const size_t cut : {1, 3, 7})
-    if (calls_of(body, cut) != whole) std::abort();
+  for (const bool unfinished : {false, true}) {
+    const std::string whole = calls_of(body, body.size() + 1, unfinished);
+    for (const size_t cut : {1, 3, 7})
+      if (calls_of(body, cut, unfinished) != whole) std::abort();
+  }
   std::string json;
   mm::append_json_string(body, json);
   const auto read = mm::ordered_json::parse(json, nullptr, false);
