@@ -15,7 +15,8 @@ namespace mm {
 class Answer {
  public:
   virtual ~Answer() = default;
-  // An event of request `prompt` of the call; its finish is one of stop, length.
+  // An event of request `prompt` of the call; its finish is one of stop, length. ApiError where the call asks for what
+  // this model does not give.
   virtual void event(size_t prompt, EngineEvent&& event, std::string& out) = 0;
   // After the last event: the rest of the stream with "data: [DONE]", or the body.
   virtual void finish(std::string& out) = 0;

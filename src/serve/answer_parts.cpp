@@ -6,6 +6,8 @@
 #include <cstring>
 #include <iterator>
 
+#include "serve/fields.h"
+
 namespace mm {
 
 void Usage::add(size_t prompt, const EngineEvent& last) {
@@ -82,7 +84,13 @@ class EmbeddingAnswer : public Answer {
 
   void event(size_t prompt, EngineEvent&& event, std::string&) override {
     if (event.finished) usage_.add(prompt, event);
-    if (!event.embedding.empty()) vectors_[prompt] = std::move(event.embedding);
+    if (event.embedding.empty()) return;
+    const auto d_model = static_cast<int64_t>(event.embedding.size());
+    if (call_.dimensions != 0 && call_.dimensions != d_model) {
+      throw invalid_value("dimensions", fmt::format("this model's embeddings have {} dimensions, but got {} instead.",
+                                                    d_model, call_.dimensions));
+    }
+    vectors_[prompt] = std::move(event.embedding);
   }
 
   void finish(std::string& out) override {

@@ -265,6 +265,17 @@ TEST(Answer, Embeddings) {
   EXPECT_EQ(answer_to()["usage"], (ordered_json{{"prompt_tokens", 3}, {"total_tokens", 3}}));
   call.base64 = true;
   EXPECT_EQ(answer_to()["data"][0]["embedding"], "AAAAPwAAAMA=");
+  call.dimensions = 2;
+  EXPECT_EQ(answer_to()["data"].size(), 1u);
+  call.dimensions = 3;
+  try {
+    answer_to();
+    ADD_FAILURE() << "accepted";
+  } catch (const ApiError& e) {
+    EXPECT_EQ(e.param, "dimensions");
+    EXPECT_EQ(e.message,
+              "Invalid value for 'dimensions': this model's embeddings have 2 dimensions, but got 3 instead.");
+  }
 }
 
 }  // namespace

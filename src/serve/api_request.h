@@ -19,6 +19,7 @@ struct ApiContext {
 
   Tokenizer tokenizer;
   int64_t context = 0;                        // tokens a sequence at most
+  int64_t max_choices = 128;                  // n of a request
   std::vector<std::string> names;             // of the model, the first is its own; "*": any name will do
   SamplingParams sampling;                    // where a request says nothing
   std::vector<int32_t> stop_ids;              // end the answer
@@ -42,7 +43,8 @@ struct ApiCall {
   bool logprobs = false;
   int top_logprobs = 0;
   std::vector<std::string> echo;  // completions: the prompts' texts, where they are to be repeated
-  bool base64 = false;            // embeddings
+  bool base64 = false;            // embeddings, as is the next
+  int64_t dimensions = 0;         // that the client counts on; 0: any
 };
 
 // Error or ApiError when the body makes no sense. Any thread; takes as long as encoding the text.

@@ -88,7 +88,12 @@ TEST(ApiRequest, BadChatRequests) {
           {CHAT(R"("n": true)"), "n", "invalid_type"},
           {CHAT(R"("seed": "x")"), "seed", "invalid_type"},
           {CHAT(R"("max_tokens": 0)"), "max_tokens", "integer_below_min_value"},
-          {CHAT(R"("max_tokens": 99999999999999999999)"), "max_tokens", "invalid_type"},
+          {CHAT(R"("max_tokens": 99999999999999999999)"), "max_tokens", "integer_above_max_value"},
+          {CHAT(R"("seed": 9223372036854775808)"), "seed", "integer_above_max_value"},
+          {CHAT(R"("seed": 99999999999999999999999)"), "seed", "integer_above_max_value"},
+          {CHAT(R"("seed": 1e30)"), "seed", "integer_above_max_value"},
+          {CHAT(R"("seed": -1e30)"), "seed", "integer_below_min_value"},
+          {CHAT(R"("seed": 1.5)"), "seed", "invalid_type"},
           {CHAT(R"("max_completion_tokens": -5)"), "max_completion_tokens", "integer_below_min_value"},
           {CHAT(R"("stop": "")"), "stop", "invalid_value"},
           {CHAT(R"("stop": ["a", 5])"), "stop[1]", "invalid_type"},
@@ -161,9 +166,61 @@ TEST(ApiRequest, BadEmbeddingRequests) {
               {
                   {"{}", "input", "missing_required_parameter"},
                   {R"({"input": {}})", "input", "invalid_type"},
-                  {R"({"input": "a", "dimensions": 8})", "dimensions", "unsupported_parameter"},
+                  {R"({"input": ""})", "input", "invalid_value"},
+                  {R"({"input": ["a", ""]})", "input[1]", "invalid_value"},
+                  {R"({"input": "a", "dimensions": 0})", "dimensions", "integer_below_min_value"},
+                  {R"({"input": "a", "dimensions": "8"})", "dimensions", "invalid_type"},
                   {R"({"input": "a", "encoding_format": "hex"})", "encoding_format", "invalid_value"},
               });
+}
+
+TEST(ApiRequest, BadTextsToTokenize) {
+  const auto tokenize = [](std::string_view body, const ApiContext& c) { return answer_tokenize(body, c), ApiCall(); };
+  const auto back = [](std::string_view body, const ApiContext& c) { return answer_detokenize(body, c), ApiCall(); };
+  check_table(tokenize, {
+                            {"{}", "content", "missing_required_parameter"},
+                            {R"({"content": 5})", "content", "invalid_type"},
+                            {R"({"prompt": 5})", "prompt", "invalid_type"},
+                            {R"({"messages": [{"role": "robot"}]})", "messages[0].role", "invalid_value"},
+                            {R"({"content": "a", "with_pieces": "yes"})", "with_pieces", "invalid_type"},
+                        });
+  check_table(back, {
+                        {"{}", "tokens", "missing_required_parameter"},
+                        {R"({"tokens": "a"})", "tokens", "invalid_type"},
+                        {R"({"tokens": [99999]})", "tokens", "invalid_value"},
+                    });
+}
+
+std::string message_of(Parser parse, std::string_view body) {
+  try {
+    parse(body, context());
+    return "accepted";
+  } catch (const ApiError& e) {
+    return e.message;
+  }
+}
+
+TEST(ApiRequest, MessagesSayWhatIsExpected) {
+  for (const char* seed : {"1e30", "99999999999999999999999", "9223372036854775808"}) {
+    const std::string message =
+        message_of(parse_completion_request, fmt::format(R"({{"prompt": "a", "seed": {}}})", seed));
+    EXPECT_NE(message.find("<= 9223372036854775807"), std::string::npos) << message;
+  }
+  EXPECT_NE(message_of(parse_chat_request, R"({"messages": [{"role": "robot", "content": "hi"}]})").find("developer"),
+            std::string::npos);
+}
+
+TEST(ApiRequest, WholeNumbersOf64Bits) {
+  const auto seed = [](const char* text) {
+    return static_cast<int64_t>(
+        parse_completion_request(fmt::format(R"({{"prompt": "a", "seed": {}}})", text), context())
+            .requests[0]
+            .sampling.seed);
+  };
+  EXPECT_EQ(seed("9223372036854775807"), INT64_MAX);
+  EXPECT_EQ(seed("-9223372036854775808"), INT64_MIN);
+  EXPECT_EQ(seed("5.0"), 5);
+  EXPECT_EQ(seed("1e18"), 1000000000000000000);
 }
 
 TEST(ApiRequest, TooLongPromptsAreTold) {

@@ -42,6 +42,12 @@ ordered_json template_messages(Fields& fields) {
     Fields message(m, here);
     const auto role = message.string("role", 64);
     if (!role) throw missing(here + ".role");
+    const bool developer = *role == "developer";
+    if (!developer && !is_chat_role(*role)) {
+      throw invalid_value(
+          here + ".role",
+          fmt::format("system, developer, user, assistant or tool are expected, but got '{}' instead.", *role));
+    }
     message.refuse({"audio", "function_call"});
     const bool plain = *role != "assistant" || message.find("tool_calls") == nullptr;
     const ordered_json* content = message.find("content");
@@ -51,7 +57,7 @@ ordered_json template_messages(Fields& fields) {
     if (content != nullptr && !content->is_string() && !content->is_array())
       throw invalid_type(here + ".content", "a string or an array of text parts", *content);
     if (m.contains("content")) join_parts(m["content"], here + ".content");
-    if (*role == "developer") m["role"] = "system";
+    if (developer) m["role"] = "system";
   }
   return messages;
 }

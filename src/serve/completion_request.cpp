@@ -28,7 +28,7 @@ ApiCall parse_completion_request(std::string_view body, const ApiContext& contex
   const bool echo = fields.boolean("echo", false);
   if (echo && call.logprobs)
     throw invalid_value("echo", "log-probabilities of the prompt are not supported; leave out echo or logprobs.");
-  if (const auto best = fields.integer("best_of", 1, 128); best && *best != call.n)
+  if (const auto best = fields.integer("best_of", 1, context.max_choices); best && *best != call.n)
     throw invalid_value("best_of", "only the value of n is supported.");
   const bool add_bos = fields.boolean("add_special_tokens", true);
   request.grammar = format_grammar(fields);
@@ -38,7 +38,7 @@ ApiCall parse_completion_request(std::string_view body, const ApiContext& contex
   fields.ignore({"metadata", "service_tier"});
   fields.done();
 
-  auto prompts = prompt_list(*prompt, context, "prompt", kMaxPrompts, add_bos);
+  auto prompts = prompt_list(*prompt, context, "prompt", {.at_most = kMaxPrompts, .add_bos = add_bos});
   for (auto& ids : prompts) {
     if (echo) call.echo.push_back(context.tokenizer.decode(ids, request.skip_special));
     call.requests.push_back(request);
@@ -64,9 +64,9 @@ ApiCall parse_embedding_request(std::string_view body, const ApiContext& context
   request.deadline_seconds = context.request_seconds;
   const ordered_json* input = fields.find("input");
   if (input == nullptr) throw missing("input");
-  fields.refuse({"dimensions"});
+  call.dimensions = fields.integer("dimensions", 1, INT32_MAX).value_or(0);
   fields.done();
-  for (auto& ids : prompt_list(*input, context, "input", kMaxInputs, true)) {
+  for (auto& ids : prompt_list(*input, context, "input", {.at_most = kMaxInputs, .empty_text = false})) {
     call.requests.push_back(request);
     call.requests.back().prompt = std::move(ids);
   }
@@ -77,8 +77,8 @@ std::string answer_tokenize(std::string_view body, const ApiContext& context) {
   const ordered_json content = parse_body(body);
   Fields fields(content, "");
   model_name(fields, context);
-  const ordered_json* text = fields.find("content");  // llama.cpp's name
-  if (text == nullptr) text = fields.find("prompt");  // vLLM's
+  const bool as_prompt = fields.find("content") == nullptr && fields.find("prompt") != nullptr;  // vLLM's name
+  const ordered_json* text = fields.find(as_prompt ? "prompt" : "content");                      // llama.cpp's
   const bool special = fields.boolean("add_special", fields.boolean("add_special_tokens", false));
   const bool pieces = fields.boolean("with_pieces", fields.boolean("return_token_strs", false));
   const ordered_json* messages = fields.list("messages", 4096);
@@ -96,7 +96,7 @@ std::string answer_tokenize(std::string_view body, const ApiContext& context) {
   } else if (text == nullptr) {
     throw missing("content");
   } else if (!text->is_string()) {
-    throw invalid_type("content", "a string", *text);
+    throw invalid_type(as_prompt ? "prompt" : "content", "a string", *text);
   } else {
     rendered = text->get_ref<const std::string&>();
   }

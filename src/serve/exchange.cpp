@@ -110,7 +110,11 @@ void Exchange::take(size_t prompt, EngineEvent&& event) {
          "The answer has grown beyond 64 MB. Stream it, or ask for fewer choices, tokens or log-probabilities."});
   }
   const bool finished = event.finished;
-  answer_->event(prompt, std::move(event), out_);
+  try {
+    answer_->event(prompt, std::move(event), out_);
+  } catch (const ApiError& e) {
+    return fail(e);
+  }
   if (!finished || --open_[prompt] > 0) return;
   n_finished_++;
   if (n_finished_ == call_.requests.size()) {

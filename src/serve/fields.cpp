@@ -2,7 +2,7 @@
 
 #include <fmt/format.h>
 
-#include <algorithm>
+#include <cmath>
 
 namespace mm {
 
@@ -52,15 +52,17 @@ bool Fields::boolean(std::string_view name, bool otherwise) {
 std::optional<int64_t> Fields::integer(std::string_view name, int64_t low, int64_t high) {
   const ordered_json* v = find(name);
   if (v == nullptr) return {};
-  // Some clients send 5.0 for 5.
-  const bool whole =
-      v->is_number_float() &&
-      v->get<double>() == static_cast<double>(static_cast<int64_t>(std::clamp(v->get<double>(), -9e15, 9e15)));
-  if (!v->is_number_integer() && !whole) throw invalid_type(path(name), "an integer", *v);
-  const bool huge = v->is_number_unsigned() && v->get<uint64_t>() > static_cast<uint64_t>(INT64_MAX);
-  const int64_t value = huge ? INT64_MAX : whole ? static_cast<int64_t>(v->get<double>()) : v->get<int64_t>();
-  if (value < low || (value > high || (huge && high < INT64_MAX))) {
-    const bool below = value < low;
+  // Some clients send 5.0 for 5, and digits that 64 bits do not hold are read as a real number.
+  const bool real = v->is_number_float();
+  if (!v->is_number() || (real && v->get<double>() != std::trunc(v->get<double>())))
+    throw invalid_type(path(name), "an integer", *v);
+  constexpr double limit = 0x1p63;
+  const bool under = real && v->get<double>() < -limit;
+  const bool over =
+      real ? v->get<double>() >= limit : v->is_number_unsigned() && v->get<uint64_t>() > uint64_t{INT64_MAX};
+  const int64_t value = under ? INT64_MIN : over ? INT64_MAX : v->get<int64_t>();
+  const bool below = under || value < low;
+  if (below || over || value > high) {
     throw ApiError(
         400, below ? "integer_below_min_value" : "integer_above_max_value", path(name),
         fmt::format("Invalid '{}': integer {} value. Expected a value {} {}, but got {} instead.", path(name),

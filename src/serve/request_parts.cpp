@@ -134,7 +134,7 @@ EngineRequest generation_fields(Fields& fields, const ApiContext& context, ApiCa
   const auto seed = fields.integer("seed", INT64_MIN, INT64_MAX);
   s.seed = seed ? static_cast<uint64_t>(*seed) : random_seed();
 
-  call.n = r.n = static_cast<int>(fields.integer("n", 1, 128).value_or(1));
+  call.n = r.n = static_cast<int>(fields.integer("n", 1, context.max_choices).value_or(1));
   if (!fields.boolean("ignore_eos", false)) r.stop_ids = context.stop_ids;
   stop_strings(fields, r.stop_strings);
   stop_token_ids(fields, context, r);
@@ -246,9 +246,9 @@ static std::vector<int32_t> id_list(const ordered_json& list, const ApiContext& 
 }
 
 static std::vector<int32_t> text_prompt(const std::string& text, const ApiContext& context, const std::string& param,
-                                        bool add_bos) {
-  const int32_t bos = add_bos ? context.tokenizer.bos_id() : -1;
-  if (text.empty() && bos < 0) throw invalid_value(param, "the text is empty.");
+                                        const PromptRules& rules) {
+  const int32_t bos = rules.add_bos ? context.tokenizer.bos_id() : -1;
+  if (text.empty() && (bos < 0 || !rules.empty_text)) throw invalid_value(param, "the text is empty.");
   if (text.empty()) return {bos};
   std::vector<int32_t> ids = encode_prompt(text, context, param);
   if (bos >= 0 && ids[0] != bos) ids.insert(ids.begin(), bos);
@@ -257,21 +257,21 @@ static std::vector<int32_t> text_prompt(const std::string& text, const ApiContex
 }
 
 std::vector<std::vector<int32_t>> prompt_list(const ordered_json& value, const ApiContext& context,
-                                              const std::string& param, size_t at_most, bool add_bos) {
-  if (value.is_string()) return {text_prompt(value.get_ref<const std::string&>(), context, param, add_bos)};
+                                              const std::string& param, const PromptRules& rules) {
+  if (value.is_string()) return {text_prompt(value.get_ref<const std::string&>(), context, param, rules)};
   if (!value.is_array()) throw invalid_type(param, "a string, an array of strings, or an array of token ids", value);
   if (value.empty()) throw invalid_value(param, "the list is empty.");
   if (value[0].is_number()) return {id_list(value, context, param)};
-  if (value.size() > at_most) {
+  if (value.size() > rules.at_most) {
     throw ApiError(400, "array_above_max_length", param,
-                   fmt::format("Invalid '{}': array too long. Expected at most {} prompts, but got {}.", param, at_most,
-                               value.size()));
+                   fmt::format("Invalid '{}': array too long. Expected at most {} prompts, but got {}.", param,
+                               rules.at_most, value.size()));
   }
   std::vector<std::vector<int32_t>> prompts;
   for (size_t i = 0; i < value.size(); i++) {
     const std::string here = fmt::format("{}[{}]", param, i);
     if (value[i].is_string())
-      prompts.push_back(text_prompt(value[i].get_ref<const std::string&>(), context, here, add_bos));
+      prompts.push_back(text_prompt(value[i].get_ref<const std::string&>(), context, here, rules));
     else if (value[i].is_array()) prompts.push_back(id_list(value[i], context, here));
     else throw invalid_type(here, "a string or an array of token ids", value[i]);
   }

@@ -25,8 +25,13 @@ std::shared_ptr<const Grammar> format_grammar(Fields& fields);
 std::vector<int32_t> encode_prompt(std::string_view text, const ApiContext& context, const std::string& param);
 // ApiError unless 1 <= ids < context and each is of the vocabulary.
 void check_prompt(const std::vector<int32_t>& ids, const ApiContext& context, const std::string& param);
+struct PromptRules {
+  size_t at_most = 1;      // prompts
+  bool add_bos = true;     // before texts without one
+  bool empty_text = true;  // allowed, where a BOS stands for it
+};
 // A string, a list of strings, a list of ids or a list of lists of ids.
 std::vector<std::vector<int32_t>> prompt_list(const ordered_json& value, const ApiContext& context,
-                                              const std::string& param, size_t at_most, bool add_bos);
+                                              const std::string& param, const PromptRules& rules);
 
 }  // namespace mm

@@ -95,6 +95,30 @@ TEST_F(ServerTest, RoutesAndMethods) {
   EXPECT_EQ(both.find("{\"status\"", both.find("{\"status\"") + 1), std::string::npos) << both;  // no body for HEAD
 }
 
+TEST_F(ServerTest, WhatTheEngineBoundsIsNamed) {
+  play([](EngineRequest& r) {
+    EngineEvent e = piece("", true);
+    e.embedding = {0.5f, 1.0f};
+    r.sink(std::move(e));
+  });
+  start();
+  Client c(server->url());
+  for (const auto& [path, body, param, words] : {
+           std::tuple{kChatPath, R"({"messages": [{"role": "user", "content": "hi"}], "n": 65})", "n", "<= 64"},
+           {"/v1/completions", R"({"prompt": "hi", "n": 65})", "n", "<= 64"},
+           {"/v1/embeddings", R"({"input": "hi", "dimensions": 3})", "dimensions", "2 dimensions"},
+       }) {
+    c.post(path, body);
+    const auto a = c.answer();
+    EXPECT_EQ(a.status, 400) << a.body;
+    const auto error = ordered_json::parse(a.body)["error"];
+    EXPECT_EQ(error["param"], param);
+    EXPECT_NE(error["message"].get<std::string>().find(words), std::string::npos) << error;
+  }
+  c.post("/v1/embeddings", R"({"input": "hi", "dimensions": 2})");
+  EXPECT_EQ(c.answer().status, 200);
+}
+
 TEST_F(ServerTest, KeysOriginsAndPreflights) {
   options.api_key = "secret";
   options.cors_origins = {"https://app.test"};

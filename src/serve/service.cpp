@@ -17,6 +17,7 @@ namespace mm {
 static ApiContext make_context(const Engine& engine, Tokenizer tokenizer, const ServerOptions& options) {
   ApiContext c(std::move(tokenizer));
   c.context = engine.context();
+  c.max_choices = std::min(c.max_choices, engine.options().max_sequences);  // they all run at once
   c.names = options.names;
   c.sampling = options.sampling;
   c.stop_ids = options.stop_ids;

@@ -1,5 +1,7 @@
 #include "text/chat_template.h"
 
+#include <optional>
+
 #include "base/error.h"
 
 namespace mm {
@@ -39,6 +41,14 @@ std::string_view strip_right(std::string_view s) {
 
 enum class Role { system, user, assistant, tool };
 
+std::optional<Role> role_from_name(std::string_view name) {
+  if (name == "system") return Role::system;
+  if (name == "user") return Role::user;
+  if (name == "assistant") return Role::assistant;
+  if (name == "tool") return Role::tool;
+  return {};
+}
+
 class Renderer {
  public:
   Renderer(const ordered_json& messages, const std::string& where) : messages_(messages), where_(where) {
@@ -69,10 +79,7 @@ class Renderer {
     if (r == nullptr) throw Error(at(i), "field \"role\"", "none");
     if (!r->is_string()) throw Error(at(i, "role"), "a string", json_type_name(*r));
     const auto& name = r->get_ref<const std::string&>();
-    if (name == "system") return Role::system;
-    if (name == "user") return Role::user;
-    if (name == "assistant") return Role::assistant;
-    if (name == "tool") return Role::tool;
+    if (const auto known = role_from_name(name)) return *known;
     throw Error(at(i, "role"), "system, user, assistant or tool", "\"" + name + "\"");
   }
 
@@ -194,6 +201,8 @@ class Renderer {
 };
 
 }  // namespace
+
+bool is_chat_role(std::string_view name) { return role_from_name(name).has_value(); }
 
 std::string render_chat(const ordered_json& messages, const ordered_json& tools, const ChatOptions& options,
                         const std::string& where) {

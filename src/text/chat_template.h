@@ -2,6 +2,7 @@
 #pragma once
 
 #include <string>
+#include <string_view>
 
 #include "base/json.h"
 
@@ -20,6 +21,8 @@ struct ChatOptions {
 // where Jinja would drop the message or field in silence (unknown roles, content of another type). `where` prefixes it.
 std::string render_chat(const ordered_json& messages, const ordered_json& tools, const ChatOptions& options,
                         const std::string& where = "messages");
+
+bool is_chat_role(std::string_view name);
 
 // Appends `value` as Python's json.dumps(value, ensure_ascii=False) writes it: what the template's `tojson` prints.
 void append_python_json(const ordered_json& value, std::string& out);

@@ -46,6 +46,11 @@ def test_embeddings(client, server):
     raw = server.post("/v1/embeddings", {"input": "今天天气很好", "encoding_format": "base64"}).json()["data"][0]["embedding"]
     assert list(struct.unpack(f"<{len(vectors[0])}f", base64.b64decode(raw))) == pytest.approx(vectors[0], abs=1e-5)
     assert len(client.embeddings.create(model="tiny", input=["x"] * 100).data) == 100
+    d_model = len(vectors[0])
+    assert client.embeddings.create(model="tiny", input="今天天气很好", dimensions=d_model).data[0].embedding == pytest.approx(vectors[0], abs=1e-5)
+    with pytest.raises(openai.BadRequestError) as e:
+        client.embeddings.create(model="tiny", input="x", dimensions=d_model + 1)
+    assert e.value.param == "dimensions" and str(d_model) in e.value.message
 
 
 def test_tokenize_and_back(server):
@@ -94,6 +99,35 @@ def test_the_page(server):
 
 
 # --- errors, in OpenAI's shape -----------------------------------------------------------------------------------------
+
+CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
+
+
+@pytest.mark.parametrize("path, body, param", [
+    (CHAT, {"messages": HI, "n": 65}, "n"),
+    (CHAT, {"messages": HI, "seed": 10**23}, "seed"),
+    (CHAT, {"messages": HI, "stop": ["a", 5]}, "stop[1]"),
+    (CHAT, {"messages": HI, "logit_bias": {"x": 1}}, "logit_bias.x"),
+    (CHAT, {"messages": HI, "stream_options": {"usage": True}, "stream": True}, "stream_options.usage"),
+    (CHAT, {"messages": HI, "response_format": {"type": "xml"}}, "response_format.type"),
+    (CHAT, {"messages": HI, "tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
+    (CHAT, {"messages": [*HI, {"role": "robot", "content": "hi"}]}, "messages[1].role"),
+    (CHAT, {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": 1}}]}]}, "messages[0].tool_calls[0].function.name"),
+    (COMPLETIONS, {"prompt": "a", "n": 65}, "n"),
+    (COMPLETIONS, {"prompt": ["a"] * 129}, "prompt"),
+    (COMPLETIONS, {"prompt": ["a", 5]}, "prompt[1]"),
+    (COMPLETIONS, {"prompt": "a", "max_tokens": -1}, "max_tokens"),
+    (COMPLETIONS, {"prompt": "a", "guided_regex": "(a"}, "guided_regex"),
+    (EMBEDDINGS, {"input": ""}, "input"),
+    (EMBEDDINGS, {"input": ["a", ""]}, "input[1]"),
+    (EMBEDDINGS, {"input": "a", "encoding_format": "hex"}, "encoding_format"),
+    ("/tokenize", {"prompt": 5}, "prompt"),
+    ("/detokenize", {"tokens": [-1]}, "tokens"),
+])
+def test_errors_name_the_field(server, path, body, param):
+    answer = server.post(path, body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
+
 
 @pytest.mark.parametrize("body, status, param, code", [
     ({"messages": "hi"}, 400, "messages", "invalid_type"),
