@@ -42,9 +42,9 @@ bool is_loopback_name(std::string_view name) {
   return digits && name.starts_with("127.");
 }
 
-bool host_allowed(const AccessRules& rules, std::string_view host) {
-  if (!rules.loopback) return true;
-  const std::string_view name = without_port(host);
+bool host_allowed(const AccessRules& rules, std::optional<std::string_view> host) {
+  if (!rules.loopback || !host) return true;
+  const std::string_view name = without_port(*host);
   return is_loopback_name(name) || std::any_of(rules.allowed_hosts.begin(), rules.allowed_hosts.end(),
                                                [&](const std::string& h) { return same_text(h, name); });
 }
@@ -56,6 +56,7 @@ static bool listed(const AccessRules& rules, std::string_view origin) {
 
 bool origin_allowed(const AccessRules& rules, std::string_view origin, std::string_view host) {
   if (origin.empty() || listed(rules, origin)) return true;
+  if (host.empty()) return false;
   for (const std::string_view scheme : {"http://", "https://"})  // a proxy may have taken the s off
     if (origin.starts_with(scheme) && same_text(origin.substr(scheme.size()), host)) return true;
   return false;

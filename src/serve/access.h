@@ -1,6 +1,7 @@
 // Who may ask: key, Host and Origin of a request.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -18,8 +19,9 @@ struct AccessRules {
 bool same_secret(std::string_view given, std::string_view secret);
 bool key_allowed(const AccessRules& rules, std::string_view authorization);  // "Bearer KEY"
 // A page of another site can make a browser send requests to a server on the same machine, under a name of its own
-// (DNS rebinding). So the name must be one of this machine's.
-bool host_allowed(const AccessRules& rules, std::string_view host);
+// (DNS rebinding). So the name must be one of this machine's. Browsers always send it; nullopt: an HTTP/1.0 client that
+// did not.
+bool host_allowed(const AccessRules& rules, std::optional<std::string_view> host);
 // No Origin, the server's own (as Host says), or a listed one.
 bool origin_allowed(const AccessRules& rules, std::string_view origin, std::string_view host);
 // The value of Access-Control-Allow-Origin, "" for none.

@@ -26,6 +26,7 @@ TEST(Access, HostsOfALoopbackServer) {
                           "10.0.0.1", "[::2]", "notlocalhost"})
     EXPECT_FALSE(host_allowed(rules, bad)) << bad;
   EXPECT_TRUE(host_allowed({.loopback = false}, "evil.test"));
+  EXPECT_TRUE(host_allowed(rules, std::nullopt));
 }
 
 TEST(Access, Origins) {
@@ -36,6 +37,7 @@ TEST(Access, Origins) {
   for (const char* bad :
        {"null", "http://localhost:8001", "http://evil.test", "https://app.test.evil.test", "localhost:8000"})
     EXPECT_FALSE(origin_allowed(rules, bad, "localhost:8000")) << bad;
+  for (const char* bad : {"http://", "http://evil.test"}) EXPECT_FALSE(origin_allowed(rules, bad, "")) << bad;
   EXPECT_EQ(allow_origin(rules, "https://app.test"), "https://app.test");
   EXPECT_EQ(allow_origin(rules, "http://localhost:8000"), "");
   EXPECT_EQ(allow_origin({.origins = {"*"}}, "http://any.test"), "http://any.test");

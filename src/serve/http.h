@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -27,8 +28,10 @@ enum class Route {
 };
 
 struct HttpRequest {
-  std::string method, path;  // path without the query
-  std::string host, origin, authorization, if_none_match;
+  std::string method, path;         // path without the query
+  std::optional<std::string> host;  // HTTP/1.0 may come without
+  std::string origin, authorization, if_none_match;
+  std::string content_encoding;  // "": none, or identity
   Route route = Route::unknown;
   bool keep_alive = true, chunked_ok = true;  // HTTP/1.0 knows no chunks
 };

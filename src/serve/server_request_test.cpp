@@ -50,18 +50,47 @@ TEST_F(ServerTest, OddRequestsAreRefusedAndTheConnectionEnds) {
            Shape{"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2000\r\n\r\n{", 413},
            Shape{"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n7d0\r\n", 413},
            Shape{"POST /tokenize HTTP/1.1\r\nHost: evil.test\r\nContent-Length: 2\r\n\r\n", 403},
+           Shape{"GET /health HTTP/1.0\r\nHost: evil.test\r\n\r\n", 403},
+           Shape{"GET /health HTTP/1.0\r\nHost:\r\n\r\n", 403},
+           Shape{"GET /health HTTP/1.0\r\nOrigin: http://evil.test\r\n\r\n", 403},
+           Shape{"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Encoding: gzip\r\nContent-Length: 2\r\n\r\n",
+                 415},
+           Shape{"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Encoding: identity\r\nContent-Encoding: "
+                 "br\r\nContent-Length: 2\r\n\r\n",
+                 415},
            Shape{long_header.c_str(), 431},
            Shape{endless_chunk.c_str(), 400},
        }) {
     Client c(server->url());
     c.send(shape.request);
     const std::string all = c.rest();
-    EXPECT_TRUE(all.starts_with(fmt::format("HTTP/1.1 {} ", shape.status)))
+    EXPECT_TRUE(all.starts_with("HTTP/1.") && all.substr(8).starts_with(fmt::format(" {} ", shape.status)))
         << std::string(shape.request).substr(0, 200) << "\n"
         << all;
-    EXPECT_EQ(all.find("HTTP/1.1", 8), std::string::npos) << "a second answer\n" << all;
+    EXPECT_EQ(all.find("HTTP/1.", 8), std::string::npos) << "a second answer\n" << all;
     EXPECT_NE(all.find("\"error\":"), std::string::npos) << all;
   }
+}
+
+TEST_F(ServerTest, OldClientsMayNotNameTheHost) {
+  start();
+  Client c(server->url());
+  c.send("GET /health HTTP/1.0\r\n\r\n");
+  EXPECT_TRUE(c.rest().starts_with("HTTP/1.0 200 ")) << c.in;
+}
+
+TEST_F(ServerTest, BodiesComeAsTheyAre) {
+  start();
+  Client c(server->url());
+  const std::string body = R"({"content": "hi"})";
+  c.post("/tokenize", body, "Content-Encoding: Identity\r\n");
+  EXPECT_EQ(c.answer().status, 200);
+  c.post("/tokenize", body, "Content-Encoding: gzip\r\n");
+  const auto a = c.answer();
+  EXPECT_EQ(a.status, 415);
+  EXPECT_NE(a.head.find("415 Unsupported Media Type"), std::string::npos) << a.head;
+  EXPECT_NE(a.head.find("Accept-Encoding: identity\r\n"), std::string::npos) << a.head;
+  EXPECT_NE(a.body.find("Content-Encoding: expected identity or none, but got 'gzip'"), std::string::npos) << a.body;
 }
 
 TEST_F(ServerTest, RoutesAndMethods) {

@@ -46,7 +46,7 @@ std::optional<Reply> Service::refuse(const HttpRequest& r) const {
   if (!host_allowed(access, r.host)) {
     return error_reply({403, "forbidden_host", "", "The Host header names another machine; see --allow-host."});
   }
-  if (!origin_allowed(access, r.origin, r.host)) {
+  if (!origin_allowed(access, r.origin, r.host.value_or(""))) {
     return error_reply({403, "forbidden_origin", "", "Pages of this origin may not use this server; see --cors."});
   }
   if (r.method == "OPTIONS") {
@@ -80,6 +80,14 @@ std::optional<Reply> Service::refuse(const HttpRequest& r) const {
                         r.authorization.empty()
                             ? "You didn't provide an API key; send it as 'Authorization: Bearer KEY'."
                             : "Incorrect API key provided."});
+  }
+  if (post && !r.content_encoding.empty()) {
+    Reply reply = error_reply({415, "unsupported_content_encoding", "",
+                               fmt::format("Content-Encoding: expected identity or none, but got '{}'; send the body "
+                                           "uncompressed.",
+                                           r.content_encoding)});
+    reply.headers.emplace_back("Accept-Encoding", "identity");
+    return reply;
   }
   if (post && draining) {
     ApiError error(503, "draining", "", "The server is shutting down.");

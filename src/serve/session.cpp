@@ -257,10 +257,13 @@ class Session : public Connection, public std::enable_shared_from_this<Session<S
       return refuse_and_close({400, "invalid_http", "", "A path is expected."});
     request_.path = std::string(target.substr(0, target.find('?')));
     request_.route = find_route(request_.path);
-    request_.host = text(http::field::host);
+    if (r.count(http::field::host) > 0) request_.host = text(http::field::host);
     request_.origin = text(http::field::origin);
     request_.authorization = text(http::field::authorization);
     request_.if_none_match = text(http::field::if_none_match);
+    const auto [coding, codings_end] = r.equal_range(http::field::content_encoding);
+    for (auto it = coding; it != codings_end; ++it)
+      if (!boost::beast::iequals(it->value(), "identity")) request_.content_encoding = std::string(it->value());
     if (auto refused = service_.refuse(request_)) {
       if (!parser_->is_done()) return refuse_and_close(std::move(*refused));
       return answer(std::move(*refused));
