@@ -35,7 +35,7 @@ struct ApiCall {
   std::string model;  // as the request named it
   bool stream = false, include_usage = false;
   int n = 1;
-  std::vector<EngineRequest> requests;  // one a prompt; their sinks are still empty
+  std::vector<EngineRequest> requests;  // one a prompt; their sinks are still empty; max_new_tokens 0: see Exchange
   bool thinking = false;                // the prompt ends inside <think>
   bool split_think = true;              // <think> in the text is not content
   bool tools = false;                   // look for tool calls in the text

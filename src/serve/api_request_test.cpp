@@ -155,6 +155,7 @@ TEST(ApiRequest, BadCompletionRequests) {
                   {R"({"prompt": [[1], []]})", "prompt[1]", "invalid_value"},
                   {R"({"prompt": "a", "suffix": "b"})", "suffix", "unsupported_parameter"},
                   {R"({"prompt": "a", "best_of": 3})", "best_of", "invalid_value"},
+                  {R"({"prompt": "a", "max_tokens": -1})", "max_tokens", "integer_below_min_value"},
                   {R"({"prompt": "a", "logprobs": 21})", "logprobs", "integer_above_max_value"},
                   {R"({"prompt": "a", "logprobs": 1, "echo": true})", "echo", "invalid_value"},
                   {R"({"prompt": "a", "messages": []})", "messages", "unknown_parameter"},

@@ -19,7 +19,7 @@ ApiCall parse_completion_request(std::string_view body, const ApiContext& contex
   call.split_think = false;
   stream_fields(fields, call);
   EngineRequest request = generation_fields(fields, context, call);
-  request.max_new_tokens = fields.integer("max_tokens", 1, INT32_MAX).value_or(16);
+  request.max_new_tokens = fields.integer("max_tokens", 0, INT32_MAX).value_or(16);
   if (const auto top = fields.integer("logprobs", 0, 20)) {
     call.logprobs = true;
     call.top_logprobs = static_cast<int>(*top);

@@ -57,6 +57,10 @@ void Exchange::submit_more() {
   constexpr size_t at_once = 32;
   while (n_submitted_ < call_.requests.size() && n_submitted_ - n_finished_ < at_once && !error_) {
     try {
+      if (const auto& r = call_.requests[n_submitted_]; r.max_new_tokens == 0) {
+        answer_nothing(n_submitted_++);
+        continue;
+      }
       EngineRequest request = call_.requests[n_submitted_];
       request.sink = [self = shared_from_this(), prompt = n_submitted_](EngineEvent&& event) {
         self->inbox_->deliver({self, prompt, std::move(event)});
@@ -81,6 +85,18 @@ void Exchange::submit_more() {
       log_error("a request failed: {}", e.what());
       fail({500, "internal_error", "", "The server had an error while processing your request."});
     }
+  }
+}
+
+void Exchange::answer_nothing(size_t prompt) {
+  service_.metrics.choices_submitted += call_.n;
+  for (int choice = 0; choice < call_.n; choice++) {
+    EngineEvent event;
+    event.choice = choice;
+    event.finished = true;
+    event.finish = FinishReason::length;
+    event.prompt_tokens = static_cast<int64_t>(call_.requests[prompt].prompt.size());
+    inbox_->deliver({shared_from_this(), prompt, std::move(event)});
   }
 }
 

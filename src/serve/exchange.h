@@ -56,6 +56,7 @@ class Exchange : public std::enable_shared_from_this<Exchange> {
 
  private:
   void submit_more();
+  void answer_nothing(size_t prompt);  // no token is wanted: the engine has nothing to do
   void fail(ApiError error);
   void cancel_all();
 

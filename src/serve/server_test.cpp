@@ -147,6 +147,28 @@ TEST_F(ServerTest, ASilentStreamSendsComments) {
   EXPECT_NE(c.in.find("late"), std::string::npos);
 }
 
+TEST_F(ServerTest, NoTokensAreAnsweredWithoutTheEngine) {
+  start();
+  Client c(server->url());
+  std::string prompts = R"(["one", "two")";
+  for (int i = 2; i < 100; i++) prompts += R"(, "more")";
+  const std::string fields = R"({"max_tokens": 0, "echo": true, "prompt": )" + prompts + "]";
+  c.post("/v1/completions", fields + R"(, "n": 2})");
+  const auto whole = ordered_json::parse(c.answer().body);
+  ASSERT_EQ(whole["choices"].size(), 200u) << whole;
+  EXPECT_EQ(whole["choices"][1]["text"], "one");
+  EXPECT_EQ(whole["choices"][2]["text"], "two");
+  EXPECT_EQ(whole["choices"][199]["finish_reason"], "length");
+  EXPECT_GE(whole["usage"]["prompt_tokens"], 200);  // each prompt once, with its BOS
+  EXPECT_EQ(whole["usage"]["completion_tokens"], 0);
+  c.post("/v1/completions", R"({"max_tokens": 0, "prompt": "one"})");
+  EXPECT_EQ(ordered_json::parse(c.answer().body)["choices"][0]["text"], "");
+  c.post("/v1/completions", fields + R"(, "stream": true})");
+  EXPECT_TRUE(c.until("data: [DONE]\n\n\r\n0\r\n\r\n"));
+  EXPECT_NE(c.in.find("\"text\":\"two\",\"logprobs\":null,\"finish_reason\":\"length\""), std::string::npos) << c.in;
+  EXPECT_TRUE(s.requests.empty());
+}
+
 TEST_F(ServerTest, ManyPromptsDoNotFloodTheQueue) {
   start();
   Client c(server->url());

@@ -28,6 +28,9 @@ def test_completions(client):
     ids = client.completions.create(prompt=[1, 40, 41], **args)
     assert ids.usage.prompt_tokens == 3
     assert client.completions.create(prompt="a", model="tiny", extra_body={"ignore_eos": True}).usage.completion_tokens == 16
+    none = client.completions.create(prompt="今天天气", echo=True, **{**args, "max_tokens": 0})
+    assert (none.choices[0].text, none.choices[0].finish_reason) == ("今天天气", "length")
+    assert (none.usage.prompt_tokens, none.usage.completion_tokens) == (one.usage.prompt_tokens, 0)
     lp = client.completions.create(prompt="今天天气", logprobs=2, **args).choices[0].logprobs
     assert len(lp.tokens) == len(lp.token_logprobs) == len(lp.top_logprobs) == len(lp.text_offset)
     assert all(1 <= len(t) <= 2 and max(t.values()) == pytest.approx(x) for t, x in zip(lp.top_logprobs, lp.token_logprobs))
