@@ -51,6 +51,7 @@ struct Engine::Impl {
   EngineStats stats;
   bool stopping = false, quit = false, idle = true, broken = false;
   int64_t n_submitted = 0, n_rejected = 0, n_waiting = 0;  // n_waiting: inside the core
+  Places places;                                           // as the last step left them, less what was submitted since
   uint64_t next_id = 1;
   std::thread thread;
 
@@ -99,6 +100,8 @@ void Engine::Impl::run() {
     const std::lock_guard lock(mutex);
     stats = core->stats();
     n_waiting = stats.n_waiting;
+    places = core->places();
+    for (const Arrived& a : inbox) places.take(a.request.n);
   }
   const std::lock_guard lock(mutex);
   idle = true;
@@ -117,6 +120,7 @@ Engine::Engine(const Model& model, std::optional<Tokenizer> tokenizer, const Eng
       std::move(tokenizer), make_draft(model.config, options, limits, draft));
   e.context = limits.context;
   e.stats = e.core->stats();
+  e.places = e.core->places();
   const int64_t unit = options.kv_layout == KvLayout::paged ? options.block_size : limits.context;
   e.description = fmt::format("{}, {} cache of {} x {} tokens", e.core->runner().description(),
                               kv_layout_name(options.kv_layout), limits.n_row / unit, unit);
@@ -141,14 +145,15 @@ Submitted Engine::submit(EngineRequest request) {
     e.n_rejected++;
     return {.status = SubmitStatus::stopping};
   }
-  const int64_t waiting = e.n_waiting + static_cast<int64_t>(e.inbox.size());
-  if (waiting >= e.options.queue_limit) {
+  if (!e.places.fits(request.n) && e.places.n_stuck >= e.options.queue_limit) {
     e.n_rejected++;
+    const int64_t waiting = e.n_waiting + static_cast<int64_t>(e.inbox.size());
     // The time in which as many requests as wait have ended, at the pace so far.
     const double pace = static_cast<double>(std::max<int64_t>(1, e.stats.n_finished)) / std::max(1.0, e.stats.seconds);
     return {.status = SubmitStatus::queue_full,
             .retry_after_seconds = std::min(60.0, std::max(1.0, static_cast<double>(waiting) / pace / 4))};
   }
+  e.places.take(request.n);
   const uint64_t id = e.next_id++;
   e.n_submitted++;
   e.inbox.push_back({id, now_seconds(), std::move(request)});

@@ -53,6 +53,7 @@ class EngineCore {
   bool step();
   bool idle() const { return scheduler_.idle() && flying_.empty(); }
   int64_t n_waiting() const { return scheduler_.n_waiting(); }
+  Places places() const { return scheduler_.places(); }
   void update_weights(const Model& model);  // while idle; keys and values of past texts are forgotten
   EngineStats stats() const;
   BlockMap block_map();

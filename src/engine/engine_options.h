@@ -26,7 +26,7 @@ struct EngineOptions {
   int64_t context = 0;           // tokens a sequence at most; 0: the model's
   int64_t max_sequences = 64;    // running at once
   int64_t step_tokens = 0;       // tokens of a step at most (prefill is cut into chunks); 0: 512 CPU, 4096 GPU
-  int64_t queue_limit = 256;     // waiting requests; more are refused
+  int64_t queue_limit = 256;     // requests that wait because they cannot run; more are refused
   bool static_batch = false;     // a batch starts together and a new one only when all have ended
   bool prefix_cache = true;
   bool batch_invariant = false;

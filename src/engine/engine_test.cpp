@@ -143,6 +143,127 @@ TEST(Engine, AFullQueueRefusesAndADrainedEngineTakesNothing) {
   EXPECT_EQ(engine.stats().n_finished, accepted);
 }
 
+// A sink that holds the engine's thread at every event until it is let go on.
+class Gate {
+ public:
+  std::function<void(EngineEvent&&)> sink() {
+    return [this](EngineEvent&&) {
+      std::unique_lock lock(mutex_);
+      n_reached_++;
+      changed_.notify_all();
+      changed_.wait_for(lock, std::chrono::seconds(60), [&] { return open_ || n_let_ >= n_reached_; });
+    };
+  }
+  void wait(int n) {
+    std::unique_lock lock(mutex_);
+    ASSERT_TRUE(changed_.wait_for(lock, std::chrono::seconds(60), [&] { return n_reached_ >= n; }));
+  }
+  void let_one() {
+    const std::lock_guard lock(mutex_);
+    n_let_++;
+    changed_.notify_all();
+  }
+  void open() {
+    const std::lock_guard lock(mutex_);
+    open_ = true;
+    changed_.notify_all();
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  int n_reached_ = 0, n_let_ = 0;
+  bool open_ = false;
+};
+
+struct QueueCase {
+  int64_t max_sequences, queue_limit;
+  int n;         // choices of each request
+  int accepted;  // beside the one that runs
+};
+
+TEST(Engine, OnlyRequestsThatCannotRunFillTheQueue) {
+  const auto model = lively_model(small_config(97), 2);
+  for (const QueueCase c :
+       {QueueCase{1, 2, 1, 2}, QueueCase{8, 1, 1, 8}, QueueCase{8, 4, 1, 11}, QueueCase{8, 2, 3, 4}}) {
+    SCOPED_TRACE(fmt::format("{} sequences, queue of {}, {} choices", c.max_sequences, c.queue_limit, c.n));
+    EngineOptions o = small_options();
+    o.max_sequences = c.max_sequences;
+    o.queue_limit = c.queue_limit;
+    Answers answers;
+    Gate gate;
+    Engine engine(*model, std::nullopt, o);
+    auto first = request(some_prompt(5, 97), 3);
+    first.sink = gate.sink();
+    ASSERT_EQ(engine.submit(first).status, SubmitStatus::accepted);
+    gate.wait(1);
+    gate.let_one();
+    gate.wait(2);  // its first step has ended; nothing changes until it is let go on
+    int accepted = 0;
+    for (int i = 0; i < 30; i++) {
+      auto r = request(some_prompt(5, 97, i), 3);
+      r.n = c.n;
+      r.sink = answers.sink(i);
+      accepted += engine.submit(std::move(r)).status == SubmitStatus::accepted;
+    }
+    EXPECT_EQ(accepted, c.accepted);
+    EXPECT_EQ(engine.stats().n_waiting, c.accepted);
+    EXPECT_EQ(engine.stats().n_rejected, 30 - c.accepted);
+    gate.open();
+    answers.wait(accepted * c.n);
+  }
+}
+
+TEST(Engine, AnIdleEngineTakesAsManyAsCanRunAndWaitHoweverManyCameBefore) {
+  const auto model = lively_model(small_config(97), 2);
+  EngineOptions o = small_options();
+  o.queue_limit = 1;
+  Engine engine(*model, std::nullopt, o);
+  Answers answers;
+  for (int round = 0; round < 20; round++) {
+    for (int i = 0; i < 9; i++) {
+      auto r = request(some_prompt(5, 97, i), 3);
+      r.sink = answers.sink(100 * round + i);
+      EXPECT_EQ(engine.submit(std::move(r)).status, SubmitStatus::accepted) << round << " " << i;
+    }
+    answers.wait(9 * (round + 1));
+    // The answers leave within their last step; a moment later the engine knows that it is idle.
+    for (int i = 0; i < 6000 && engine.stats().n_running > 0; i++)
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  EXPECT_EQ(engine.stats().n_rejected, 0);
+}
+
+TEST(Engine, WhereRowsAreScarceFreeSequencesAreNoPlaces) {
+  const auto model = lively_model(small_config(97), 2);
+  EngineOptions o = small_options();
+  o.kv_tokens = 96;  // of one sequence
+  o.queue_limit = 2;
+  Answers answers;
+  Gate gate;
+  Engine engine(*model, std::nullopt, o);
+  const auto submit = [&](int name) {
+    auto r = request(some_prompt(60, 97, name), 3);
+    r.sink = answers.sink(name);
+    return engine.submit(std::move(r)).status;
+  };
+  auto first = request(some_prompt(60, 97, 50), 30);
+  first.sink = gate.sink();
+  ASSERT_EQ(engine.submit(first).status, SubmitStatus::accepted);
+  gate.wait(1);
+  int accepted = 0;
+  for (int i = 0; i < 20; i++) accepted += submit(i) == SubmitStatus::accepted;
+  EXPECT_EQ(accepted, 7 + 2);  // who comes between two steps is not asked for rows yet
+  gate.let_one();
+  gate.wait(2);
+  gate.let_one();
+  gate.wait(3);  // a whole step has ended since: all nine wait for rows
+  for (int i = 20; i < 40; i++) EXPECT_EQ(submit(i), SubmitStatus::queue_full);
+  EXPECT_EQ(engine.stats().n_waiting, 9);
+  gate.open();
+  answers.wait(accepted);
+}
+
 TEST(Engine, CancelDeadlineAndTheEndOfTheEngine) {
   ModelConfig config = small_config(97);
   config.max_position_embeddings = 4096;

@@ -63,6 +63,7 @@ std::unique_ptr<Sequence> Scheduler::take(std::vector<std::unique_ptr<Sequence>>
 }
 
 void Scheduler::admit(double now) {
+  rows_scarce_ = false;
   if (options_.static_batch && !running_.empty()) return;
   int64_t places = options_.max_sequences;
   int64_t promised = 0;  // rows that admitted sequences do not hold yet
@@ -78,6 +79,7 @@ void Scheduler::admit(double now) {
     const int64_t need = kv_.rows_for(s.n_known() + 1) - held;
     if (!running_.empty() && need + promised > kv_.free_rows()) {
       kv_.release(s.rows);
+      rows_scarce_ = true;
       return;
     }
     promised += need;
@@ -89,6 +91,17 @@ void Scheduler::admit(double now) {
     served_[s.request->client] += static_cast<double>(s.n_known() - held);
     running_.push_back(take(waiting_, s));
   }
+}
+
+Places Scheduler::places() const {
+  Places places;
+  const bool closed = options_.static_batch || (rows_scarce_ && !waiting_.empty());
+  if (running_.empty() || !closed) {
+    places.n_free = options_.max_sequences;
+    for (const auto& s : running_) places.n_free -= 1 + s->n_fork;
+  }
+  for (const auto& s : waiting_) places.take(1 + s->n_fork);
+  return places;
 }
 
 void Scheduler::put_back(Sequence& s) {

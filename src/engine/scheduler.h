@@ -36,6 +36,15 @@ struct StepPlan {
   StepBatch batch;  // filled except sampling, edits, masks, logits_of
 };
 
+// Who of those that came can run at once, and how many must wait. A request of n choices takes n places.
+struct Places {
+  int64_t n_free = 0;
+  int64_t n_stuck = 0;  // requests for which there was none left
+
+  bool fits(int64_t n) const { return n_stuck == 0 && n <= n_free; }  // nobody goes past one that is stuck
+  void take(int64_t n) { fits(n) ? n_free -= n : n_stuck++; }
+};
+
 // Policy: sequences that decode go first (one token, and their draft), then prompts under way, then new ones while rows
 // and places last. Waiting ones are ordered by priority (raised by waiting), then by the client that got the fewest
 // tokens so far (virtual token counter, Sheng et al. 2024), then by arrival. When rows run out the least urgent running
@@ -61,6 +70,7 @@ class Scheduler {
   int64_t n_waiting() const { return static_cast<int64_t>(waiting_.size()); }
   int64_t n_running() const { return static_cast<int64_t>(running_.size()); }
   int64_t n_preempted() const { return n_preempted_; }
+  Places places() const;  // after those that wait; none while rows are what they wait for
   bool idle() const { return waiting_.empty() && running_.empty(); }
   void for_each(const std::function<void(Sequence&, bool running)>& f);
 
@@ -82,7 +92,7 @@ class Scheduler {
   std::vector<RowCopy> copies_;           // of forks, for the next step
   uint64_t n_admitted_ = 0;
   int64_t n_preempted_ = 0;
-  bool turn_of_embeddings_ = false;
+  bool turn_of_embeddings_ = false, rows_scarce_ = false;
 };
 
 }  // namespace mm

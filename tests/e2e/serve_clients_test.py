@@ -60,6 +60,19 @@ def test_a_client_that_leaves_is_cancelled(server, client):
             pytest.fail(f"{leave.__name__}: never cancelled")
 
 
+def test_an_idle_server_takes_as_many_as_can_run_at_once(model):
+    with serving(model, "--max-sequences", 64, "--queue", 1) as server:
+        start = threading.Barrier(48)
+
+        def one(_):
+            client = server.client()
+            start.wait()
+            return chat(client, max_tokens=200, extra_body={"ignore_eos": True}).usage.completion_tokens
+        with concurrent.futures.ThreadPoolExecutor(48) as pool:
+            assert list(pool.map(one, range(48))) == [200] * 48
+        assert server.metrics()["minimind_requests_rejected_total"] == 0
+
+
 def test_overload(model):
     with serving(model, "--max-sequences", 1, "--queue", 1) as server:
         long = {"max_tokens": 1500, "extra_body": {"ignore_eos": True}}
