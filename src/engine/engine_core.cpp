@@ -4,7 +4,6 @@
 #include <cmath>
 
 #include "base/error.h"
-#include "base/progress.h"
 #include "engine/ngram_draft.h"
 
 namespace mm {
@@ -420,8 +419,7 @@ void EngineCore::collect() {
   scheduler_.collected();
 }
 
-bool EngineCore::step() {
-  const double now = now_seconds();
+bool EngineCore::step(double now) {
   expire(now);
   scheduler_.collected();
   const auto depth = static_cast<size_t>(runner_->depth());

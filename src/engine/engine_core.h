@@ -10,6 +10,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "base/progress.h"
 #include "engine/draft_model.h"
 #include "engine/engine.h"
 #include "engine/runner.h"
@@ -50,7 +51,7 @@ class EngineCore {
   void cancel_all();
   void fail_all(const std::string& error);  // the runner is broken: ends every request; only destruction may follow
   // Plans and submits a step, collects the oldest one under way, delivers events. False when there was nothing to do.
-  bool step();
+  bool step(double now = now_seconds());  // tests may have a clock of their own, for it and arrivals
   bool idle() const { return scheduler_.idle() && flying_.empty(); }
   int64_t n_waiting() const { return scheduler_.n_waiting(); }
   Places places() const { return scheduler_.places(); }

@@ -193,7 +193,7 @@ TEST(Engine, OnlyRequestsThatCannotRunFillTheQueue) {
     Answers answers;
     Gate gate;
     Engine engine(*model, std::nullopt, o);
-    auto first = request(some_prompt(5, 97), 3);
+    auto first = request(some_prompt(5, 97), 30);
     first.sink = gate.sink();
     ASSERT_EQ(engine.submit(first).status, SubmitStatus::accepted);
     gate.wait(1);
@@ -201,7 +201,7 @@ TEST(Engine, OnlyRequestsThatCannotRunFillTheQueue) {
     gate.wait(2);  // its first step has ended; nothing changes until it is let go on
     int accepted = 0;
     for (int i = 0; i < 30; i++) {
-      auto r = request(some_prompt(5, 97, i), 3);
+      auto r = request(some_prompt(5, 97, i), 30);
       r.n = c.n;
       r.sink = answers.sink(i);
       accepted += engine.submit(std::move(r)).status == SubmitStatus::accepted;
@@ -209,6 +209,13 @@ TEST(Engine, OnlyRequestsThatCannotRunFillTheQueue) {
     EXPECT_EQ(accepted, c.accepted);
     EXPECT_EQ(engine.stats().n_waiting, c.accepted);
     EXPECT_EQ(engine.stats().n_rejected, 30 - c.accepted);
+    for (int reached = 3; reached < 6; reached++) {  // on their way into the core, and when those that can run do
+      gate.let_one();
+      gate.wait(reached);
+      auto r = request(some_prompt(5, 97), 3);
+      r.n = c.n;
+      EXPECT_EQ(engine.submit(std::move(r)).status, SubmitStatus::queue_full) << reached;
+    }
     gate.open();
     answers.wait(accepted * c.n);
   }
@@ -252,14 +259,14 @@ TEST(Engine, WhereRowsAreScarceFreeSequencesAreNoPlaces) {
   ASSERT_EQ(engine.submit(first).status, SubmitStatus::accepted);
   gate.wait(1);
   int accepted = 0;
-  for (int i = 0; i < 20; i++) accepted += submit(i) == SubmitStatus::accepted;
-  EXPECT_EQ(accepted, 7 + 2);  // who comes between two steps is not asked for rows yet
+  for (int i = 0; i < 3; i++) accepted += submit(i) == SubmitStatus::accepted;
+  EXPECT_EQ(accepted, 3);  // who comes between two steps is not asked for rows yet
   gate.let_one();
   gate.wait(2);
   gate.let_one();
-  gate.wait(3);  // a whole step has ended since: all nine wait for rows
+  gate.wait(3);  // a whole step has ended since: all three wait for rows
   for (int i = 20; i < 40; i++) EXPECT_EQ(submit(i), SubmitStatus::queue_full);
-  EXPECT_EQ(engine.stats().n_waiting, 9);
+  EXPECT_EQ(engine.stats().n_waiting, 3);
   gate.open();
   answers.wait(accepted);
 }

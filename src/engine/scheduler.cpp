@@ -22,34 +22,52 @@ void Scheduler::add(std::unique_ptr<Sequence> sequence) {
   };
   if (!active(client)) {
     double least = std::numeric_limits<double>::infinity();
-    std::erase_if(served_, [&](const auto& entry) { return !active(entry.first); });
-    for (const auto& [other, tokens] : served_) least = std::min(least, tokens);
-    served_[client] = served_.empty() ? 0 : least;
+    std::erase_if(clients_, [&](const auto& entry) { return !active(entry.first); });
+    for (const auto& [name, other] : clients_) least = std::min(least, other.n_tok);
+    const double n_tok = clients_.empty() ? 0 : least;
+    clients_[client].n_tok = n_tok;
   }
   waiting_.push_back(std::move(sequence));
 }
 
-static double level(const Sequence& s, double now, double aging) {
-  return s.request->priority + (aging > 0 ? std::max(0.0, (now - s.arrival) / aging) : 0.0);
+// The priority, raised by waiting since then.
+static double level(const Sequence& s, double since, double now, double aging) {
+  return std::floor(s.request->priority + (aging > 0 ? std::max(0.0, (now - since) / aging) : 0.0));
 }
 
 // Among running ones: who gets rows first. Aging is left out between equals by arrival, which orders them the same way.
 bool Scheduler::more_urgent(const Sequence& a, const Sequence& b, double now) const {
-  const double x = std::floor(level(a, now, options_.aging_seconds)),
-               y = std::floor(level(b, now, options_.aging_seconds));
+  const double x = level(a, a.arrival, now, options_.aging_seconds),
+               y = level(b, b.arrival, now, options_.aging_seconds);
   if (x != y) return x > y;
   return a.arrival != b.arrival ? a.arrival < b.arrival : a.admitted < b.admitted;
 }
 
+// Since when s waits for a turn of its client.
+double Scheduler::turn_wanted_at(const Sequence& s) const {
+  if (s.admitted > 0) return s.arrival;  // has had it
+  const auto& turns = clients_.at(s.request->client).last_turn;
+  const auto turn = turns.find(s.request->priority);
+  return turn == turns.end() ? s.arrival : std::max(s.arrival, turn->second);
+}
+
 size_t Scheduler::best_waiting(double now) const {
-  size_t best = 0;
-  for (size_t i = 1; i < waiting_.size(); i++) {
+  const auto before = [&](const Sequence& a, double a_since, const Sequence& b, double b_since) {
+    const double x = level(a, a_since, now, options_.aging_seconds), y = level(b, b_since, now, options_.aging_seconds);
+    const double a_tok = clients_.at(a.request->client).n_tok, b_tok = clients_.at(b.request->client).n_tok;
+    return x != y ? x > y : a_tok != b_tok ? a_tok < b_tok : a.arrival < b.arrival;
+  };
+  std::map<int, size_t> next;  // of each priority
+  for (size_t i = 0; i < waiting_.size(); i++) {
+    const Sequence& a = *waiting_[i];
+    size_t& best = next.try_emplace(a.request->priority, i).first->second;
+    const Sequence& b = *waiting_[best];
+    if (before(a, turn_wanted_at(a), b, turn_wanted_at(b))) best = i;
+  }
+  size_t best = next.begin()->second;
+  for (const auto& [priority, i] : next) {
     const Sequence &a = *waiting_[i], &b = *waiting_[best];
-    const double x = std::floor(level(a, now, options_.aging_seconds)),
-                 y = std::floor(level(b, now, options_.aging_seconds));
-    const double served_a = served_.at(a.request->client), served_b = served_.at(b.request->client);
-    const bool before = x != y ? x > y : served_a != served_b ? served_a < served_b : a.arrival < b.arrival;
-    if (before) best = i;
+    if (before(a, a.arrival, b, b.arrival)) best = i;
   }
   return best;
 }
@@ -85,10 +103,12 @@ void Scheduler::admit(double now) {
     promised += need;
     s.n_computed = held;
     if (s.n_preempted == 0) s.cached_tokens = held;
+    Client& client = clients_.at(s.request->client);
+    if (s.admitted == 0) client.last_turn[s.request->priority] = now;
     s.admitted = ++n_admitted_;
     if (s.admitted_at == 0) s.admitted_at = now;
     places -= 1 + s.n_fork;
-    served_[s.request->client] += static_cast<double>(s.n_known() - held);
+    client.n_tok += static_cast<double>(s.n_known() - held);
     running_.push_back(take(waiting_, s));
   }
 }
@@ -167,7 +187,7 @@ bool Scheduler::plan_decode(StepPlan& plan, Sequence& s, int64_t& budget, bool i
                        s.max_tokens - s.n_known() - 1});
   if (!make_room(s, s.n_total() + n_tok - 1, plan, in_flight)) return false;
   add_item(plan, s, n_tok, n_tok);
-  served_[s.request->client] += 1;
+  clients_.at(s.request->client).n_tok += 1;
   budget -= n_tok;
   return true;
 }

@@ -21,7 +21,7 @@ struct SchedulerOptions {
   bool static_batch = false;
   int64_t max_out = 64;             // wanted rows a step at most
   int64_t prompt_keys = INT64_MAX;  // keys of the prompts of a step together at most, but for a single prompt
-  double aging_seconds = 10;        // a request that has waited so long counts as one priority higher
+  double aging_seconds = 10;        // so long a wait counts as one priority higher
 };
 
 // A sequence's part of a step: tokens [first, first + n_tok) and the rows wanted of it (in StepBatch::out_rows).
@@ -46,10 +46,19 @@ struct Places {
 };
 
 // Policy: sequences that decode go first (one token, and their draft), then prompts under way, then new ones while rows
-// and places last. Waiting ones are ordered by priority (raised by waiting), then by the client that got the fewest
-// tokens so far (virtual token counter, Sheng et al. 2024), then by arrival. When rows run out the least urgent running
-// sequence is put back to wait; its keys are computed again later (what the pool still holds is found again). The most
-// urgent one is never put back, and the pool holds one sequence of full context, so some sequence always advances.
+// and places last. When rows run out the least urgent running sequence is put back to wait; its keys are computed again
+// later (what the pool still holds is found again). The most urgent one is never put back, and the pool holds one
+// sequence of full context, so some sequence always advances.
+//
+// Who is next of those that wait, and how long nobody waits at most:
+// - Within a priority clients take turns. Next is the client that got the fewest tokens so far (virtual token counter,
+//   Sheng et al. 2024), with its earliest request. But a client that has waited for a turn for aging_seconds is passed
+//   by each other client once more at most. (The age of a request is no claim here, or a flood would soon be before all
+//   who come later.)
+// - The next ones of all priorities are compared by priority, raised by one for every aging_seconds since they arrived:
+//   one is passed by nothing of d priorities more that came aging_seconds * (d + 1) later. Between equals clients count
+//   as above.
+// - What was put back has had its turn and counts by its arrival alone.
 // Not thread safe.
 class Scheduler {
  public:
@@ -75,6 +84,12 @@ class Scheduler {
   void for_each(const std::function<void(Sequence&, bool running)>& f);
 
  private:
+  struct Client {
+    double n_tok = 0;                 // computed for it
+    std::map<int, double> last_turn;  // by priority: when a request of it was admitted
+  };
+
+  double turn_wanted_at(const Sequence& s) const;
   bool more_urgent(const Sequence& a, const Sequence& b, double now) const;
   size_t best_waiting(double now) const;
   void admit(double now);
@@ -88,8 +103,8 @@ class Scheduler {
   SchedulerOptions options_;
   KvSpace& kv_;
   std::vector<std::unique_ptr<Sequence>> waiting_, running_, finished_;
-  std::map<std::string, double> served_;  // tokens by client
-  std::vector<RowCopy> copies_;           // of forks, for the next step
+  std::map<std::string, Client> clients_;
+  std::vector<RowCopy> copies_;  // of forks, for the next step
   uint64_t n_admitted_ = 0;
   int64_t n_preempted_ = 0;
   bool turn_of_embeddings_ = false, rows_scarce_ = false;
