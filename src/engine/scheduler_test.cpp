@@ -133,7 +133,7 @@ TEST(Scheduler, AHigherPriorityWaitsBehindNothingLowerThatOnlyWaits) {
   }
 }
 
-// Two clients keep `deep` requests of each priority waiting, for ever.
+// Keeps `deep` requests of each kind waiting, as long as it is asked to.
 struct Supply {
   std::vector<Ask> kinds;
   size_t deep = 3;
@@ -243,6 +243,7 @@ TEST(Scheduler, ALongPromptStallsNoDecodeAndShortPromptsDoNotStallIt) {
     for (int i = 0; i < 3; i++) running.push_back(office.ask({.client = "r", .n_new = 150}));
     while (office.seen[running[2]].first_at < 0) office.step();
     const size_t prompt = office.ask({.client = "p", .n_prompt = 200});
+    office.step();
     Supply supply{{{.client = "s", .n_prompt = 8, .n_new = 1}, {.client = "t", .n_prompt = 8, .n_new = 1}}};
     while (office.seen[prompt].first_at < 0 && office.at < 150) {
       supply.keep_up(office);
