@@ -7,8 +7,8 @@ import {$, h, icon, iconButton, isSend, toast} from './dom.js';
 import {language, languageName, setLanguage, t, translate} from './i18n.js';
 import {ServerPane} from './server.js';
 import {drawSettings, focusBadSetting, requestFields, toolCount} from './settings.js';
-import {apiKey, exportText, importChats, loadChats, loadSettings, newChat, openStore, removeChat, restoreChat, saveChat,
-        saveSettings, setApiKey, settings, titleOf} from './store.js';
+import {apiKey, exportText, importChats, keepOpen, loadChats, loadSettings, newChat, openId, openStore, removeChat,
+        restoreChat, saveChat, saveSettings, setApiKey, settings, titleOf} from './store.js';
 
 const PANELS = ['settings', 'blocks', 'server'];
 let chats = [];
@@ -32,6 +32,7 @@ const chat = new Chat({
   changed() {
     const current = chat.chat;
     if (current.messages.length && !chats.includes(current)) chats.unshift(current);
+    keepOpen(current);
     drawChats();
     drawComposer();
   },
@@ -346,7 +347,7 @@ function start() {
   applyLanguage();
   showSide(!narrow());
   openPanel('');
-  chat.show(newChat());
+  chat.show(chats.find((c) => c.id === openId()) || newChat());
 
   const on = (id, type, handler) => $(id).addEventListener(type, handler);
   on('new', 'click', startChat);
@@ -388,7 +389,8 @@ function start() {
     if (narrow() !== wasNarrow) { wasNarrow = narrow(); showSide(!wasNarrow); }
     updateShade();
   });
-  addEventListener('storage', (event) => {  // another tab changed a conversation
+  // Another tab changed a conversation.
+  addEventListener('storage', (event) => {
     if (!event.key || !event.key.startsWith('minimind.chat.') || chats.some((c) => chat.busy(c))) return;
     const current = chat.chat, mine = event.key.endsWith('.' + current.id);
     chats = loadChats().map((c) => (c.id === current.id && !mine ? current : c));

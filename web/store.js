@@ -21,9 +21,24 @@ export function openStore(problem) {
     area = standIn();
     onproblem('errNoStorage');
   }
+  tab = readTab('key');
+}
+
+// What this tab alone keeps, over a reload.
+function readTab(key) {
   try {
-    tab = sessionStorage.getItem(PREFIX + 'key') || '';
-  } catch { /* none is kept */ }
+    return sessionStorage.getItem(PREFIX + key) || '';
+  } catch {
+    return '';
+  }
+}
+
+function writeTab(key, value) {
+  try {
+    sessionStorage.setItem(PREFIX + key, value);
+  } catch {
+    // then a reload forgets it
+  }
 }
 
 function read(key) {
@@ -77,11 +92,13 @@ export const apiKey = () => tab || area.getItem(PREFIX + 'key') || '';
 
 export function setApiKey(key, keep) {
   tab = key;
+  writeTab('key', key);
   try {
     if (keep) area.setItem(PREFIX + 'key', key);
     else area.removeItem(PREFIX + 'key');
-    sessionStorage.setItem(PREFIX + 'key', key);
-  } catch { /* then it must be given again after a reload */ }
+  } catch {
+    // then this tab alone has it
+  }
 }
 
 // Conversations -------------------------------------------------------------------------------------------------------
@@ -152,6 +169,10 @@ export function restoreChat(chat) {
   removed.delete(chat);
   saveChat(chat);
 }
+
+// The conversation that this tab has open; '' for a new one.
+export const openId = () => readTab('open');
+export const keepOpen = (chat) => writeTab('open', chat.messages.length ? chat.id : '');
 
 export function titleOf(chat) {
   if (chat.title) return chat.title;

@@ -66,7 +66,9 @@ def test_conversations_are_kept(server, open_page):
     assert texts(page, "#chats .open") == ["about dogs", "about cats"]
     page.reload()
     expect(page.locator("#chats .open")).to_have_count(2)
+    assert texts(page, ".bubble") == ["about dogs"]  # the one that was open
     page.locator("#chats .open").nth(1).click()
+    page.reload()
     assert texts(page, ".bubble") == ["about cats"] and page.locator("#chats .open").nth(1).get_attribute("aria-current") == "true"
     ask(page, "more")
     assert [m["content"] for m in server.requests[2]["messages"]] == ["about cats", "answer 1", "more"]
@@ -81,6 +83,10 @@ def test_conversations_are_kept(server, open_page):
     assert sorted(texts(page, "#chats .open")) == ["Felines", "about dogs"]
     page.reload()
     assert sorted(texts(page, "#chats .open")) == ["Felines", "about dogs"]
+    page.click("#new")
+    page.reload()
+    expect(page.locator(".welcome")).to_be_visible()  # a new one stays a new one
+    assert page.locator(".bubble").count() == 0
 
 
 def test_a_deleted_conversation_stays_deleted(server, open_page):
