@@ -3,6 +3,7 @@
 
 #include "base/error.h"
 #include "base/progress.h"
+#include "cli/checks.h"
 #include "cli/command.h"
 #include "lab/bench.h"
 #include "lab/bench_ops.h"
@@ -41,13 +42,13 @@ void add_bench_command(CLI::App& app, Globals& globals) {
       "Training steps on random tokens: tokens/s, memory, and each op's share of the machine's measured limits\n"
       "  minimind bench train --preset minimind2-small --batch-size 4 --seq-len 512 --dtype bf16");
   c->add_option("--preset", f->preset, fmt::format("{}, or a config.json", fmt::join(preset_names(), ", ")));
-  c->add_option("--batch-size", f->bench.batch_size, "Sequences")->check(CLI::Range(1, 1 << 16));
-  c->add_option("--seq-len", f->bench.seq_len, "Tokens a sequence")->check(CLI::Range(2, 1 << 20));
-  c->add_option("--steps", f->bench.steps, "Timed steps (the median counts)")->check(CLI::Range(1, 100000));
+  c->add_option("--batch-size", f->bench.batch_size, "Sequences")->check(in_range(1, 1 << 16));
+  c->add_option("--seq-len", f->bench.seq_len, "Tokens a sequence")->check(in_range(2, 1 << 20));
+  c->add_option("--steps", f->bench.steps, "Timed steps (the median counts)")->check(in_range(1, 100000));
   c->add_option("--recompute", f->recompute, "none, cheap or ffn, see pretrain")
       ->check(CLI::IsMember({"none", "cheap", "ffn"}));
   c->add_option("--pass-tokens", f->bench.pass_tokens, "GPU: tokens of a forward pass at most, see pretrain")
-      ->check(CLI::NonNegativeNumber);
+      ->check(at_least(0));
   add_device_flags(c, f->device, /*naive=*/true);
   add_common_flags(c, globals);
   c->callback([f, &globals] {
@@ -70,8 +71,8 @@ void add_bench_command(CLI::App& app, Globals& globals) {
                                         "Single ops at the sizes of a training step, against the machine's limits\n"
                                         "  minimind bench ops --device cuda --naive-norm");
   ops->add_option("--tokens", o->tokens, "Tokens of a pass (24576 is 32 rows of 768; take 1024 or so on a CPU)")
-      ->check(CLI::Range(64, 1 << 20));
-  ops->add_option("--rounds", o->rounds, "The median of these counts")->check(CLI::Range(1, 1000));
+      ->check(in_range(64, 1 << 20));
+  ops->add_option("--rounds", o->rounds, "The median of these counts")->check(in_range(1, 1000));
   add_device_flags(ops, o->device, /*naive=*/true);
   add_common_flags(ops, globals);
   ops->callback([o, &globals] {

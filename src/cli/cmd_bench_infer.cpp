@@ -2,6 +2,7 @@
 #include <fmt/ranges.h>
 
 #include "base/error.h"
+#include "cli/checks.h"
 #include "cli/command.h"
 #include "lab/bench_infer.h"
 
@@ -63,7 +64,7 @@ void add_one(CLI::App& group, Globals& globals, bool decode) {
              : group.add_subcommand("prefill",
                                     "Prompt tokens a second, by batch, length and formats\n"
                                     "  minimind bench prefill --model DIR --formats bf16,i8 --length 128,512,1024");
-  const CLI::Range positive(int64_t{1}, int64_t{1} << 24);
+  const auto positive = in_range(int64_t{1}, int64_t{1} << 24);
   c->add_option("--model", f->model, "Model folder");
   c->add_option(
       "--preset", f->preset,
@@ -73,7 +74,7 @@ void add_one(CLI::App& group, Globals& globals, bool decode) {
     b.length = {0};
     c->add_option("--depth", b.length, "Tokens before the first timed one; a list is a sweep")
         ->delimiter(',')
-        ->check(CLI::NonNegativeNumber);
+        ->check(at_least(0));
     c->add_option("--tokens", b.n_tok, "Timed tokens of each sequence")->check(positive);
   } else {
     c->add_option("--length", b.length, "Tokens of a prompt; a list is a sweep")->delimiter(',')->check(positive);

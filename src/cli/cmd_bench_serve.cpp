@@ -1,6 +1,7 @@
 // minimind bench serve: load on a server that speaks OpenAI's API.
 #include "base/error.h"
 #include "base/fs.h"
+#include "cli/checks.h"
 #include "cli/command.h"
 #include "lab/bench_serve.h"
 
@@ -77,21 +78,21 @@ void add_bench_serve_command(CLI::App& group, Globals& globals) {
   c->add_option("--clients,--concurrency", b.clients,
                 "Closed loop: clients that send again when answered; a list is a sweep (default 1,2,4,8,16,32)")
       ->delimiter(',')
-      ->check(CLI::Range(1, 65536));
+      ->check(in_range(1, 65536));
   c->add_option("--rate", b.rates, "Open loop: Poisson arrivals, requests a second; a list is a sweep")
       ->delimiter(',')
-      ->check(CLI::PositiveNumber);
-  c->add_option("--seconds", b.seconds, "Length of a level")->check(CLI::PositiveNumber);
-  c->add_option("--requests", b.n_request, "Requests of a level, in place of --seconds")->check(CLI::PositiveNumber);
+      ->check(above_zero());
+  c->add_option("--seconds", b.seconds, "Length of a level")->check(above_zero());
+  c->add_option("--requests", b.n_request, "Requests of a level, in place of --seconds")->check(above_zero());
   c->add_option("--warmup", b.warmup,
                 "Requests of a level before those measured (default: as many as clients, or a second's)")
-      ->check(CLI::NonNegativeNumber);
+      ->check(at_least(0));
   c->add_option(
       "--prompt-tokens", f->prompt_tokens,
       "Made-up prompts: N, uniform:FIRST:LAST, normal:MEAN:DEVIATION or lognormal:MEDIAN:SIGMA, in short English "
       "words of about a token each");
   c->add_option("--shared-tokens", b.plan.shared_tokens, "Words at the start that all made-up prompts share")
-      ->check(CLI::NonNegativeNumber);
+      ->check(at_least(0));
   c->add_option("--prompts", f->prompts,
                 "Real prompts: jsonl rows {\"conversations\"} (MiniMind's SFT data), {\"messages\"} or {\"prompt\"}");
   c->add_option("--output-tokens", f->output_tokens, "max_tokens of an answer: as --prompt-tokens");
@@ -102,13 +103,12 @@ void add_bench_serve_command(CLI::App& group, Globals& globals) {
       ->check(CLI::IsMember({"auto", "on", "off"}));
   c->add_flag("--no-stream", f->no_stream, "Whole answers in place of streams (no TTFT, no TPOT)");
   c->add_flag("--no-keep-alive", f->no_keep_alive, "A new connection for each request");
-  c->add_option("--temperature", b.plan.temperature, "Of every request")->check(CLI::NonNegativeNumber);
+  c->add_option("--temperature", b.plan.temperature, "Of every request")->check(at_least(0));
   c->add_option("--seed", b.plan.seed, "Of lengths, words, arrivals and the requests' own seeds");
   c->add_option("--extra", f->extra, "Further fields of every request, a JSON object: '{\"top_p\": 0.9}'");
   c->add_option("--slo", f->slo, "Goodput counts requests within ttft:MS,tpot:MS,e2e:MS (any of them)");
-  c->add_option("--timeout", b.timeout, "Seconds a request may take")->check(CLI::PositiveNumber);
-  c->add_option("--workers", b.workers, "Threads of this client (0: one for each eight cores)")
-      ->check(CLI::Range(0, 64));
+  c->add_option("--timeout", b.timeout, "Seconds a request may take")->check(above_zero());
+  c->add_option("--workers", b.workers, "Threads of this client (0: one for each eight cores)")->check(in_range(0, 64));
   c->add_option("--out", f->out, "New folder for results.json, report.md and plots");
   c->add_flag("--overwrite", f->overwrite, "Write into a folder that exists");
   add_common_flags(c, globals);

@@ -1,6 +1,7 @@
 // minimind bench soak: a long overload of `minimind serve`, part of it hostile, with a verdict.
 #include "base/error.h"
 #include "base/fs.h"
+#include "cli/checks.h"
 #include "cli/command.h"
 #include "lab/line_plot.h"
 #include "lab/soak.h"
@@ -38,19 +39,18 @@ void add_bench_soak_command(CLI::App& group, Globals& globals) {
       "  minimind bench soak --url http://127.0.0.1:8000 --pid $(pgrep -f 'minimind serve') --seconds 1800 --out soak");
   c->add_option("--url", f->url, "The server");
   c->add_option("--api-key", s.target.api_key, "Sent as bearer token")->envname("OPENAI_API_KEY");
-  c->add_option("--pid", s.pid, "The server's process, to watch its memory")->check(CLI::PositiveNumber);
-  c->add_option("--seconds", s.seconds, "Length of the run")->check(CLI::PositiveNumber);
-  c->add_option("--capacity", s.capacity, "Requests a second that it can take (0: measured first)")
-      ->check(CLI::NonNegativeNumber);
-  c->add_option("--overload", s.overload, "Times the capacity to offer")->check(CLI::PositiveNumber);
+  c->add_option("--pid", s.pid, "The server's process, to watch its memory")->check(above_zero());
+  c->add_option("--seconds", s.seconds, "Length of the run")->check(above_zero());
+  c->add_option("--capacity", s.capacity, "Requests a second that it can take (0: measured first)")->check(at_least(0));
+  c->add_option("--overload", s.overload, "Times the capacity to offer")->check(above_zero());
   c->add_option("--hostile", s.hostile,
                 "Share of bad JSON, prompts of 1 MB, slow readers, dropped sockets and cancelled streams")
-      ->check(CLI::Range(0.0, 1.0));
+      ->check(in_range(0.0, 1.0));
   c->add_option("--max-tokens", s.max_tokens, "Of a prompt (in words) and of an answer; the median of both is 64")
-      ->check(CLI::PositiveNumber);
+      ->check(above_zero());
   c->add_option("--warm-seconds", s.warm_seconds,
                 "Before memory must be flat: the KV pool fills (0: a quarter of the run)")
-      ->check(CLI::NonNegativeNumber);
+      ->check(at_least(0));
   c->add_option("--seed", s.seed, "Of the traffic");
   c->add_option("--out", f->out, "New folder for results.json and a plot of the memory");
   c->add_flag("--overwrite", f->overwrite, "Write into a folder that exists");

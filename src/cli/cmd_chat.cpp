@@ -8,6 +8,7 @@
 #include "base/interrupt.h"
 #include "base/log.h"
 #include "base/progress.h"
+#include "cli/checks.h"
 #include "cli/command.h"
 #include "cli/line_input.h"
 #include "cli/sampling_flags.h"
@@ -194,11 +195,11 @@ void add_chat_command(CLI::App& app, Globals& globals) {
   command->add_flag("--no-empty-think", flags->no_empty_think,
                     "No empty <think></think> before answers, for models trained without it");
   command->add_option("--max-new-tokens", flags->max_new_tokens, "Tokens of one answer at most")
-      ->check(CLI::Range(int64_t{1}, int64_t{1} << 30));
+      ->check(in_range(int64_t{1}, int64_t{1} << 30));
   command
       ->add_option("--context", flags->context,
                    "Tokens of the conversation at most (0: the model's limit, at most 8192)")
-      ->check(CLI::NonNegativeNumber);
+      ->check(at_least(0));
   add_sampling_flags(command, flags->sampling);
   add_device_flags(command, flags->device);
   add_common_flags(command, globals);

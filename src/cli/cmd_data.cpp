@@ -6,6 +6,7 @@
 
 #include "base/error.h"
 #include "base/progress.h"
+#include "cli/checks.h"
 #include "cli/command.h"
 #include "data/report.h"
 
@@ -186,15 +187,15 @@ void show(const DataFlags& flags, const Globals& globals) {
 
 void add_sample_flags(CLI::App* command, const std::shared_ptr<DataFlags>& flags) {
   command->add_option("--max-len", flags->max_len, "Tokens a row at most; the rest is cut")
-      ->check(CLI::Range(2, 1 << 24));
+      ->check(in_range(2, 1 << 24));
   command
       ->add_option("--empty-think-ratio", flags->empty_think_ratio,
                    "Share of conversations that keep an empty <think></think> before answers")
-      ->check(CLI::Range(0.0, 1.0));
+      ->check(in_range(0.0, 1.0));
   command
       ->add_option("--system-ratio", flags->system_ratio,
                    "Share of conversations without system message that get a general one")
-      ->check(CLI::Range(0.0, 1.0));
+      ->check(in_range(0.0, 1.0));
   command->add_option("--seed", flags->seed, "Of these choices; as in training, a row's depend on seed and line alone");
 }
 
@@ -240,7 +241,7 @@ void add_data_commands(CLI::App& app, Globals& globals) {
       "  minimind data show --data sft.jsonl --tokenizer out/tokenizer --json | jq '.tokens, .is_target'");
   s->add_option("file,--data", flags->file, "Data set")->required();
   s->add_option("--tokenizer", flags->tokenizer, "Folder with tokenizer.json, or the file itself")->required();
-  s->add_option("--row", flags->line, "Line number of the row, from 1")->check(CLI::Range(int64_t{1}, INT64_MAX));
+  s->add_option("--row", flags->line, "Line number of the row, from 1")->check(at_least(1));
   s->add_option("--color", flags->color,
                 "Colours: auto (on a terminal), always, never; without, targets stand in \xe2\x9f\xa6 \xe2\x9f\xa7")
       ->check(CLI::IsMember({"auto", "always", "never"}));

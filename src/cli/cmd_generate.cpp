@@ -6,6 +6,7 @@
 #include "base/error.h"
 #include "base/fs.h"
 #include "base/progress.h"
+#include "cli/checks.h"
 #include "cli/command.h"
 #include "cli/sampling_flags.h"
 #include "engine/chat_session.h"
@@ -145,20 +146,20 @@ void add_generate_command(CLI::App& app, Globals& globals) {
                     "With --chat: no empty <think></think> before the answer");
   command->add_flag("--no-bos", flags->no_bos, "With --prompt: no BOS before the text");
   command->add_option("--max-new-tokens", request.max_new_tokens, "New tokens at most")
-      ->check(CLI::Range(int64_t{1}, int64_t{1} << 30));
+      ->check(in_range(int64_t{1}, int64_t{1} << 30));
   command->add_option("--stop", request.stop_strings, "Stop before this text (may be given several times)")
       ->allow_extra_args(false);
   command->add_flag("--ignore-eos", flags->ignore_eos, "Go on after the end token");
   command->add_option("--logprobs", request.logprobs, "Log-probabilities of each token and of the N best (with --json)")
-      ->check(CLI::Range(0, 1000));
+      ->check(in_range(0, 1000));
   auto* regex = command->add_option("--regex", flags->regex, "The answer must match this regular expression");
   command->add_option("--json-schema", flags->json_schema, "The answer must be JSON that this schema allows (a file)")
       ->excludes(regex);
   command->add_option("--weights", flags->weights, "f32, bf16 or i8 (default: as --dtype computes)");
   command->add_option("--ngram-draft", flags->ngram_draft, "Speculative decoding: tokens proposed from the text so far")
-      ->check(CLI::Range(0, 16));
-  command->add_option("--samples", flags->samples, "Independent answers")->check(CLI::Range(1, 100000));
-  command->add_option("--prefill-chunk", flags->prefill_chunk, "Prompt tokens a pass")->check(CLI::Range(1, 1 << 20));
+      ->check(in_range(0, 16));
+  command->add_option("--samples", flags->samples, "Independent answers")->check(in_range(1, 100000));
+  command->add_option("--prefill-chunk", flags->prefill_chunk, "Prompt tokens a pass")->check(in_range(1, 1 << 20));
   add_sampling_flags(command, request.sampling);
   add_device_flags(command, flags->device);
   add_common_flags(command, globals);

@@ -7,6 +7,7 @@
 #include "base/error.h"
 #include "base/log.h"
 #include "base/progress.h"
+#include "cli/checks.h"
 #include "cli/command.h"
 #include "formats/safetensors.h"
 #include "kernels/machine.h"
@@ -160,8 +161,8 @@ void add_model_commands(CLI::App& app, Globals& globals) {
   auto* model = info->add_option("--model", f->model, "Model folder or config.json");
   auto* preset = info->add_option("--preset", f->preset, fmt::format("One of {}", fmt::join(preset_names(), ", ")));
   model->excludes(preset);
-  info->add_option("--batch-size", f->batch_size, "Of the training memory plan")->check(CLI::Range(1, 1 << 16));
-  info->add_option("--seq-len", f->seq_len, "Of the training memory plan")->check(CLI::Range(1, 1 << 20));
+  info->add_option("--batch-size", f->batch_size, "Of the training memory plan")->check(in_range(1, 1 << 16));
+  info->add_option("--seq-len", f->seq_len, "Of the training memory plan")->check(in_range(1, 1 << 20));
   add_common_flags(info, globals);
   info->callback([f, &globals] {
     if (f->model.empty() && f->preset.empty()) throw Error("model info", "--model DIR or --preset NAME", "neither");

@@ -9,6 +9,7 @@
 #include "base/fs.h"
 #include "base/interrupt.h"
 #include "base/log.h"
+#include "cli/checks.h"
 #include "cli/command.h"
 #include "cli/sampling_flags.h"
 #include "engine/engine.h"
@@ -93,34 +94,39 @@ void add_serve_command(CLI::App& app, Globals& globals) {
   command->add_option("model,--model", f.model, "Model folder")->required();
   const auto network = [&](CLI::Option* option) { return option->group("Network"); };
   network(command->add_option("--host", s.host, "Address to listen on"));
-  network(command->add_option("--port", s.port, "Port (0: a free one)"))->check(CLI::Range(0, 65535));
+  network(command->add_option("--port", s.port, "Port (0: a free one)"))->check(in_range(0, 65535));
   network(command->add_option("--served-name", s.names,
                               "Name of the model (default: the folder's); may be given several times, '*' takes any"))
       ->allow_extra_args(false);
-  network(command->add_option("--tls-cert", s.tls_cert, "Certificate chain (PEM): HTTPS"));
-  network(command->add_option("--tls-key", s.tls_key, "Its private key (PEM)"));
+  network(command->add_option("--tls-cert", s.tls_cert, "Certificate chain (PEM): HTTPS"))->check(not_empty("a file"));
+  network(command->add_option("--tls-key", s.tls_key, "Its private key (PEM)"))->check(not_empty("a file"));
   network(command->add_option("--http-threads", s.threads, "Threads for connections (0: by the machine)"))
-      ->check(CLI::Range(0, 256));
+      ->check(in_range(0, 256));
 
   const auto access = [&](CLI::Option* option) { return option->group("Access"); };
   access(command->add_option("--api-key", s.api_key,
                              "Key that clients must send (others on this machine can read it here: better by "
-                             "--api-key-file or the variable MINIMIND_API_KEY)"));
-  access(command->add_option("--api-key-file", f.api_key_file, "File with the key in its first line"));
+                             "--api-key-file or the variable MINIMIND_API_KEY)"))
+      ->check(secret());
+  access(command->add_option("--api-key-file", f.api_key_file, "File with the key in its first line"))
+      ->check(not_empty("a file"));
   access(command->add_flag("--insecure", s.insecure, "Listen beyond this machine without a key"));
-  access(command->add_option("--cors", s.cors_origins, "Origin whose pages may ask, '*' for any; several times"))
-      ->allow_extra_args(false);
+  access(command->add_option("--cors", s.cors_origins,
+                             "Origin whose pages may ask: https://example.com, or '*' for any; several times"))
+      ->allow_extra_args(false)
+      ->check(origin());
   access(command->add_option("--allow-host", s.allowed_hosts,
                              "Further name in the Host header while listening on this machine alone; several times"))
-      ->allow_extra_args(false);
+      ->allow_extra_args(false)
+      ->check(not_empty("a name"));
 
   const auto limit = [&](CLI::Option* option) { return option->group("Limits"); };
-  const CLI::Range seconds(0.0, 1e6);
-  limit(command->add_option("--max-body", f.max_body_mb, "MB of a request's body"))->check(CLI::Range(1, 1024));
+  const auto seconds = in_range(0.0, 1e6);
+  limit(command->add_option("--max-body", f.max_body_mb, "MB of a request's body"))->check(in_range(1, 1024));
   limit(command->add_option("--max-connections", s.max_connections, "Connections at once"))
-      ->check(CLI::Range(1, 1 << 20));
+      ->check(in_range(1, 1 << 20));
   limit(command->add_option("--max-pending", f.max_pending_kb, "KB of a stream that its client has not read"))
-      ->check(CLI::Range(1, 1 << 20));
+      ->check(in_range(1, 1 << 20));
   limit(
       command->add_option("--read-seconds", s.read_seconds, "For a request's header; its body has four times as long"))
       ->check(seconds);

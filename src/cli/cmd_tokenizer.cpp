@@ -7,6 +7,7 @@
 #include "base/log.h"
 #include "base/progress.h"
 #include "base/thread_team.h"
+#include "cli/checks.h"
 #include "cli/command.h"
 #include "cli/line_map.h"
 #include "cli/text_rows.h"
@@ -199,11 +200,10 @@ void add_tokenizer_commands(CLI::App& app, Globals& globals) {
   t->add_flag("--overwrite", flags->overwrite, "Write into a folder that already holds files");
   t->add_option("--special", flags->special, "Special tokens: MiniMind's 36, or ChatML's 3 only")
       ->check(CLI::IsMember({"minimind", "chatml"}));
-  t->add_option("--min-frequency", flags->min_frequency, "Join pairs seen at least this often")
-      ->check(CLI::NonNegativeNumber);
+  t->add_option("--min-frequency", flags->min_frequency, "Join pairs seen at least this often")->check(at_least(0));
   t->add_option("--max-word-mib", flags->max_word_mib,
                 "Bound on distinct words kept in memory, MiB; beyond it the rarest are dropped")
-      ->check(CLI::Range(1, 1 << 20));
+      ->check(in_range(1, 1 << 20));
   t->callback([flags, &globals] { train(*flags, globals); });
 
   CLI::App* e = add_command(

@@ -8,6 +8,7 @@
 #include "base/fs.h"
 #include "base/log.h"
 #include "base/progress.h"
+#include "cli/checks.h"
 #include "cli/command.h"
 #include "train/checkpoint.h"
 #include "train/trainer.h"
@@ -34,31 +35,31 @@ void add_data_flags(CLI::App* c, TrainFlags& f) {
       ->group("Data");
   c->add_option("--valid", f.valid, "Validation data of the same form")->group("Data");
   c->add_option("--valid-share", f.valid_share, "Without --valid: share of the rows held out")
-      ->check(CLI::Range(0.0, 0.5))
+      ->check(in_range(0.0, 0.5))
       ->group("Data");
   c->add_option("--seq-len", f.train.loader.seq_len, "Tokens a row at most; longer rows are cut")
-      ->check(CLI::Range(8, 1 << 20))
+      ->check(in_range(8, 1 << 20))
       ->group("Data");
   c->add_option("--batch-size", f.train.loader.batch_size, "Rows of seq-len tokens a micro-batch")
-      ->check(CLI::Range(1, 1 << 16))
+      ->check(in_range(1, 1 << 16))
       ->group("Data");
   c->add_option("--accumulation-steps", f.train.accumulation_steps, "Micro-batches an optimizer step")
-      ->check(CLI::Range(1, 4096))
+      ->check(in_range(1, 4096))
       ->group("Data");
   c->add_flag("--padded", f.padded,
               "One row a sequence with padding, as MiniMind; otherwise rows are packed and nothing is lost to padding")
       ->group("Data");
   c->add_option("--cache", f.cache, "Folder of the tokenized data (default: OUTPUT/cache)")->group("Data");
   c->add_option("--max-bad-share", f.max_bad_share, "Share of bad rows above which the run stops")
-      ->check(CLI::Range(0.0, 1.0))
+      ->check(in_range(0.0, 1.0))
       ->group("Data");
   if (f.kind != SampleKind::chat) return;
   c->add_option("--empty-think-ratio", f.empty_think_ratio,
                 "Share of answers without thinking that keep the empty <think> block")
-      ->check(CLI::Range(0.0, 1.0))
+      ->check(in_range(0.0, 1.0))
       ->group("Data");
   c->add_option("--system-ratio", f.system_ratio, "Share of chats without a system message that get one of MiniMind's")
-      ->check(CLI::Range(0.0, 1.0))
+      ->check(in_range(0.0, 1.0))
       ->group("Data");
 }
 
@@ -71,13 +72,13 @@ void add_run_flags(CLI::App* c, TrainFlags& f) {
   c->add_flag("--resume", t.resume, "Go on from the newest whole checkpoint in --output")->group("Run");
   c->add_flag("--overwrite", f.overwrite, "Allow an --output that already holds files")->group("Run");
   c->add_option("--save-every", t.save_every, "Optimizer steps between checkpoints (0: only at the end)")
-      ->check(CLI::NonNegativeNumber)
+      ->check(at_least(0))
       ->group("Run");
   c->add_option("--keep-checkpoints", t.keep_checkpoints, "Newest checkpoints kept")
-      ->check(CLI::Range(1, 1000))
+      ->check(in_range(1, 1000))
       ->group("Run");
   c->add_option("--eval-every", t.eval_every, "Optimizer steps between validations (0: before and at the end)")
-      ->check(CLI::NonNegativeNumber)
+      ->check(at_least(0))
       ->group("Run");
   c->add_option("--seed", t.seed, "Seed of weights, order and dropout")->group("Run");
   add_device_flags(c, f.device, /*naive=*/true);
@@ -89,39 +90,37 @@ void add_run_flags(CLI::App* c, TrainFlags& f) {
   c->add_option("--pass-tokens", t.pass_tokens,
                 "GPU: tokens of a forward pass at most; a larger batch is computed in parts: less memory, the same "
                 "result up to rounding (with experts each part has its own balance loss). 0: the whole micro-batch")
-      ->check(CLI::NonNegativeNumber)
+      ->check(at_least(0))
       ->group("Device");
 }
 
 void add_optimizer_flags(CLI::App* c, TrainFlags& f) {
   TrainOptions& t = f.train;
-  c->add_option("--epochs", t.epochs, "Passes over the data")->check(CLI::PositiveNumber)->group("Optimizer");
-  c->add_option("--steps", t.max_steps, "Optimizer steps, instead of --epochs")
-      ->check(CLI::NonNegativeNumber)
-      ->group("Optimizer");
-  c->add_option("--lr", t.schedule.base_lr, "Highest learning rate")->check(CLI::PositiveNumber)->group("Optimizer");
+  c->add_option("--epochs", t.epochs, "Passes over the data")->check(above_zero())->group("Optimizer");
+  c->add_option("--steps", t.max_steps, "Optimizer steps, instead of --epochs")->check(at_least(0))->group("Optimizer");
+  c->add_option("--lr", t.schedule.base_lr, "Highest learning rate")->check(above_zero())->group("Optimizer");
   c->add_option("--schedule", f.schedule, "cosine (MiniMind's), constant, linear or wsd")
       ->check(CLI::IsMember({"cosine", "constant", "linear", "wsd"}))
       ->group("Optimizer");
   c->add_option("--warmup-steps", t.schedule.warmup_steps, "Optimizer steps of linear warm-up")
-      ->check(CLI::NonNegativeNumber)
+      ->check(at_least(0))
       ->group("Optimizer");
   c->add_option("--min-lr-ratio", t.schedule.min_ratio, "Last learning rate over the highest")
-      ->check(CLI::Range(0.0, 1.0))
+      ->check(in_range(0.0, 1.0))
       ->group("Optimizer");
   c->add_option("--decay-share", t.schedule.decay_share, "wsd: share of the steps that the rate falls")
-      ->check(CLI::Range(0.0, 1.0))
+      ->check(in_range(0.0, 1.0))
       ->group("Optimizer");
   c->add_option("--weight-decay", t.step.optimizer.weight_decay, "AdamW's, on every parameter")
-      ->check(CLI::NonNegativeNumber)
+      ->check(at_least(0))
       ->group("Optimizer");
-  c->add_option("--beta1", t.step.optimizer.beta1)->check(CLI::Range(0.0, 0.99999))->group("Optimizer");
-  c->add_option("--beta2", t.step.optimizer.beta2)->check(CLI::Range(0.0, 0.999999))->group("Optimizer");
+  c->add_option("--beta1", t.step.optimizer.beta1)->check(in_range(0.0, 0.99999))->group("Optimizer");
+  c->add_option("--beta2", t.step.optimizer.beta2)->check(in_range(0.0, 0.999999))->group("Optimizer");
   c->add_option("--grad-clip", t.step.optimizer.grad_clip, "Largest gradient norm (0: no clipping)")
-      ->check(CLI::NonNegativeNumber)
+      ->check(at_least(0))
       ->group("Optimizer");
   c->add_option("--dropout", f.dropout, "Overrides the config's dropout")
-      ->check(CLI::Range(0.0, 0.9))
+      ->check(in_range(0.0, 0.9))
       ->group("Optimizer");
   c->add_option("--on-nan", f.on_nan,
                 "A loss or gradient that is not finite: stop, skip the step, or rollback to the last checkpoint")
@@ -129,7 +128,7 @@ void add_optimizer_flags(CLI::App* c, TrainFlags& f) {
       ->group("Optimizer");
   c->add_option("--spike-threshold", t.spike.threshold,
                 "Skip a step whose loss is this many standard deviations high (0: never)")
-      ->check(CLI::NonNegativeNumber)
+      ->check(at_least(0))
       ->group("Optimizer");
 }
 

@@ -39,8 +39,14 @@ static std::vector<std::string> read_flags(const std::string& path, const std::v
     const bool has = std::any_of(given.begin(), given.end(),
                                  [&](const std::string& arg) { return arg == flag || arg.rfind(flag + "=", 0) == 0; });
     if (has) continue;
-    flag += '=';
-    for (const std::string& value : item.inputs) flags.push_back(flag + value);
+    for (const std::string& value : item.inputs) {
+      if (!value.empty()) {
+        flags.push_back(flag + "=" + value);
+      } else {  // behind '=' CLI11 would take the next flag in its place
+        flags.push_back(flag);
+        flags.emplace_back();
+      }
+    }
   }
   return flags;
 }

@@ -1,3 +1,4 @@
+#include "cli/checks.h"
 #include "cli/command.h"
 #include "engine/engine_options.h"
 
@@ -15,7 +16,7 @@ static void add_name(CLI::App* command, const char* flag, T& value, T (*from_nam
 
 void add_engine_flags(CLI::App* command, EngineOptions& o, DeviceOptions& device, std::string* draft_model) {
   const auto number = [&](const char* flag, int64_t& value, const char* help, int64_t low) {
-    command->add_option(flag, value, help)->check(CLI::Range(low, int64_t{1} << 40))->group("Engine");
+    command->add_option(flag, value, help)->check(in_range(low, int64_t{1} << 40))->group("Engine");
   };
   command->add_option("--device", device.device, "auto (a GPU if one is usable), cpu or cuda")
       ->check(CLI::IsMember({"auto", "cpu", "cuda"}))
@@ -35,7 +36,7 @@ void add_engine_flags(CLI::App* command, EngineOptions& o, DeviceOptions& device
   number("--block-size", o.block_size, "Tokens of a KV block, a power of two", 1);
   number("--kv-tokens", o.kv_tokens, "Tokens that the KV pool holds (0: by --kv-memory)", 0);
   command->add_option("--kv-memory", o.kv_memory_share, "Share of the free memory for the KV pool")
-      ->check(CLI::Range(0.01, 0.95))
+      ->check(in_range(0.01, 0.95))
       ->group("Engine");
   command->add_flag("--static-batch", o.static_batch, "A batch starts together, the next one when all have ended")
       ->group("Engine");

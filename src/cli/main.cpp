@@ -12,6 +12,7 @@
 #include "base/log.h"
 #include "base/progress.h"
 #include "base/thread_team.h"
+#include "cli/checks.h"
 #include "cli/command.h"
 #include "cli/config_file.h"
 
@@ -20,7 +21,7 @@ namespace mm {
 void add_common_flags(CLI::App* command, Globals& globals) {
   command->add_flag("--json", globals.json, "Print results as JSON on standard output, and nothing else there");
   command->add_flag("--quiet", globals.quiet, "No progress bars");
-  command->add_option("--threads", globals.threads, "Threads to use (0: all cores)")->check(CLI::Range(0, 4096));
+  command->add_option("--threads", globals.threads, "Threads to use (0: all cores)")->check(in_range(0, 4096));
   command->add_option_function<std::string>(  // read by expand_config_file() before the parse
       "--config", [](const std::string&) {}, "TOML file of flags (those on the command line win)");
   command->parse_complete_callback([&globals] {
@@ -50,6 +51,33 @@ void print_result(const Globals& globals, const ordered_json& result) {
   }
 }
 
+// CLI11 takes the next argument for the value of `--name=`: `--api-key=$UNSET --quiet` would make "--quiet" the key.
+static void require_values(const std::vector<std::string>& args) {
+  for (const std::string& arg : args) {
+    if (arg == "--") return;
+    if (arg.size() < 4 || !arg.starts_with("--") || arg.back() != '=') continue;
+    const std::string name = arg.substr(0, arg.size() - 1);
+    const bool is_flag = std::all_of(name.begin(), name.end(),
+                                     [](unsigned char c) { return std::isalnum(c) != 0 || c == '-' || c == '_'; });
+    if (is_flag) throw Error(arg, "a value behind '='", "none", fmt::format("an empty one is written {} ''", name));
+  }
+}
+
+// What is wrong, and whose --help says more: of the last command that was understood.
+static std::string explain(const CLI::ParseError& e, const CLI::App& app) {
+  const CLI::App* at = &app;
+  std::string path = "minimind";
+  while (!at->get_subcommands().empty()) {
+    at = at->get_subcommands()[0];
+    path += " " + at->get_name();
+  }
+  const std::vector<std::string> unknown = at->remaining();
+  const bool no_command = at->get_require_subcommand_min() > 0 && !unknown.empty();
+  return fmt::format("{} (see `{} --help`)",
+                     no_command ? fmt::format("{}: expected a command, found \"{}\"", path, unknown[0]) : e.what(),
+                     path);
+}
+
 static int run(int argc, char** argv) {
   CLI::App app{
       "minimind: the whole life of a small language model in one program\n"
@@ -72,7 +100,9 @@ static int run(int argc, char** argv) {
   add_bench_command(app, globals);
   add_plot_command(app, globals);
   try {
-    std::vector<std::string> args = expand_config_file({argv + 1, argv + argc});
+    std::vector<std::string> args(argv + 1, argv + argc);
+    require_values(args);
+    args = expand_config_file(args);
     std::reverse(args.begin(), args.end());  // as CLI11 wants them
     app.parse(std::move(args));
     return 0;
@@ -85,8 +115,7 @@ static int run(int argc, char** argv) {
   } catch (const CLI::RuntimeError& e) {  // a command's own exit code
     return e.get_exit_code();
   } catch (const CLI::ParseError& e) {
-    log_error("{} (see `minimind {}--help`)", e.what(),
-              argc > 1 && argv[1][0] != '-' ? std::string(argv[1]) + " " : "");
+    log_error("{}", explain(e, app));
     return 2;
   }
 }

@@ -160,6 +160,9 @@ TABLE = [
     ("unknown_flag", "ppl", flags("--bogus 1"), "--bogus"),
     ("flag_not_a_number", "ppl", flags("--threads many"), "threads"),
     ("flag_out_of_range", "ppl", flags("--threads -1"), "threads"),
+    ("flag_without_its_value", "ppl", flags("--max-len= --quiet"), "--max-len=: expected a value"),
+    ("flag_without_its_value_at_the_end", "ppl", flags("--config="), "--config=: expected a value"),
+    ("flag_nan", "pretrain", flags("--weight-decay nan"), "--weight-decay: expected a number, 0 or more, found nan"),
     ("unknown_config_key", "pretrain", toml("learnign_rate = 1\n"), "learnign-rate"),
     ("config_not_toml", "pretrain", toml("# flags\n= = [\n"), "flags.toml:2"),
     ("config_section", "pretrain", toml("[train]\nlr = 1e-3\n"), "flags.toml:1"),
@@ -349,7 +352,11 @@ def test_refused_line(command, line, words, good, tmp_path):
 
 
 @pytest.mark.parametrize("args,words", [(["frobnicate"], "frobnicate"), ([], "subcommand|command"), (["eval"], "command"),
-                                        (["eval", "ppl"], "--model|--data")])
+                                        (["eval", "ppl"], "(--model|--data).*`minimind eval ppl --help`"),
+                                        (["bench", "serve", "--rate", "0"],
+                                         "--rate: expected a number above 0, found 0 .*`minimind bench serve --help`"),
+                                        (["bench", "soak", "--hostile", "2"], "--hostile: expected 0 to 1, found 2 "),
+                                        (["bench", "x"], '"x" .*`minimind bench --help`')])
 def test_refused_command(args, words):
     assert_refused(minimind(*args), words)
 

@@ -211,6 +211,7 @@ def test_a_second_signal_ends_at_once(model):
 @pytest.mark.parametrize("flags", [
     ["--static-batch", "--kv", "concat", "--max-sequences", "1"],
     ["--kv", "preallocated", "--kv-type", "i8", "--weights", "i8"],
+    ["--kv-type", "f16", "--cors", "https://a.example:8443", "--cors", "http://[::1]:80"],
     ["--kv", "paged", "--block-size", "8", "--step-tokens", "32", "--no-prefix-cache", "--ngram-draft", "3"],
 ])
 def test_other_ways_to_run(model, flags):
@@ -253,8 +254,22 @@ def test_config_file_and_names(model, tmp_path):
     (["--port", "99999"], "--port"),
     (["--api-key-file", "/does/not/exist"], "/does/not/exist"),
     (["--temperature", "-1"], "temperature"),
+    (["--host", "0.0.0.0", "--api-key=", "--batch-invariant"], "--api-key=: expected a value"),
+    (["--host", "0.0.0.0", "--api-key", "--batch-invariant"], "--api-key: expected a key, found a flag"),
+    (["--api-key", ""], "--api-key: expected a key, found an empty one"),
+    (["--api-key-file", ""], "--api-key-file: expected a file"),
+    (["--tls-cert", "", "--tls-key", ""], "expected a file"),
+    (["--cors", "foo"], '--cors: expected \'*\' or SCHEME://HOST[:PORT], as https://example.com, found "foo"'),
+    (["--cors", "https://a.example", "--cors", "https://b.example/"], "https://b.example/"),
 ])
 def test_bad_flags(model, flags, words):
     run = minimind("serve", model, "--port", 0, *flags, env={**os.environ, "MINIMIND_API_KEY": ""}, timeout=30)
     errors = [line for line in run.stderr.splitlines() if line.startswith("E ")]
     assert run.returncode == 2 and run.stdout == "" and len(errors) == 1 and words in errors[0], run.stderr
+
+
+def test_an_empty_key_in_a_config_file(model, tmp_path):
+    config = tmp_path / "serve.toml"
+    config.write_text('api_key = ""\nbatch_invariant = true\n')
+    run = minimind("serve", model, "--port", 0, "--config", config, timeout=30)
+    assert run.returncode == 2 and "--api-key: expected a key, found an empty one" in run.stderr, run.stderr
