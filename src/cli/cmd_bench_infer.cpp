@@ -28,8 +28,8 @@ void run_bench(InferFlags& f, const Globals& globals, bool decode) {
   b.kv = {b.engine.kv};
   if (!f.weights.empty()) b.weights.clear();
   if (!f.kv.empty()) b.kv.clear();
-  for (const std::string& name : f.weights) b.weights.push_back(weight_format_from_name(name));
-  for (const std::string& name : f.kv) b.kv.push_back(kv_format_from_name(name));
+  for (const std::string& name : f.weights) b.weights.push_back(weight_format_from_name(name, "--formats"));
+  for (const std::string& name : f.kv) b.kv.push_back(kv_format_from_name(name, "--kv-formats"));
   const auto model = f.model.empty() ? Model::random(load_config(f.preset), 1) : Model::load(f.model);
 
   const char* length = decode ? "depth" : "length";

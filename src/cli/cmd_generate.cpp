@@ -72,7 +72,7 @@ static void generate(const GenerateFlags& f, const Globals& globals) {
   if (!f.regex.empty()) request.grammar = Grammar::regex(f.regex, "--regex");
   if (!f.json_schema.empty()) request.grammar = Grammar::json_schema(load_json(f.json_schema), f.json_schema);
   std::optional<WeightFormat> weights;
-  if (!f.weights.empty()) weights = weight_format_from_name(f.weights);
+  if (!f.weights.empty()) weights = weight_format_from_name(f.weights, "--weights");
   const OpenDevice open(f.device);
   const auto model = Model::load(f.model);
   std::optional<Tokenizer> tokenizer;
@@ -155,7 +155,7 @@ void add_generate_command(CLI::App& app, Globals& globals) {
   auto* regex = command->add_option("--regex", flags->regex, "The answer must match this regular expression");
   command->add_option("--json-schema", flags->json_schema, "The answer must be JSON that this schema allows (a file)")
       ->excludes(regex);
-  command->add_option("--weights", flags->weights, "f32, bf16 or i8 (default: as --dtype computes)");
+  command->add_option("--weights", flags->weights, "f32, bf16, i8, or f16 (GPU); default: as --dtype computes");
   command->add_option("--ngram-draft", flags->ngram_draft, "Speculative decoding: tokens proposed from the text so far")
       ->check(in_range(0, 16));
   command->add_option("--samples", flags->samples, "Independent answers")->check(in_range(1, 100000));

@@ -56,12 +56,8 @@ static void serve(ServeFlags& f, const Globals& globals) {
   set_compute_type(f.engine, f.device);
   const OpenDevice open(f.device);
   f.engine.device = open.device;
+  auto draft = load_draft_model(f.draft_model, f.engine);
   auto model = Model::load(f.model);
-  std::unique_ptr<Model> draft;
-  if (!f.draft_model.empty()) {
-    draft = Model::load(f.draft_model);
-    if (f.engine.draft_tokens == 0) f.engine.draft_tokens = 4;
-  }
   const Tokenizer tokenizer = Tokenizer::load(f.model);
   for (const int64_t id : {static_cast<int64_t>(tokenizer.eos_id()), static_cast<int64_t>(model->config.eos_token_id)})
     if (id >= 0) f.server.stop_ids.push_back(static_cast<int32_t>(id));

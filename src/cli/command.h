@@ -2,10 +2,12 @@
 #pragma once
 
 #include <CLI/CLI.hpp>
+#include <memory>
 #include <string>
 
 #include "base/json.h"
 #include "kernels/open_device.h"
+#include "model/model.h"
 
 namespace mm {
 
@@ -26,8 +28,11 @@ void add_device_flags(CLI::App* command, DeviceOptions& options, bool naive = fa
 struct EngineOptions;
 void add_engine_flags(CLI::App* command, EngineOptions& options, DeviceOptions& device,
                       std::string* draft_model = nullptr);
-// What a GPU computes with follows from the weights: f32 and f16 as they are, else bf16.
+// What a GPU computes with follows from the weights: f32 and f16 as they are, else bf16. Error for weights that the
+// device does not take.
 void set_compute_type(const EngineOptions& options, DeviceOptions& device);
+// The model of --draft-model, or null where there is none; sets how many tokens it writes ahead.
+std::unique_ptr<Model> load_draft_model(const std::string& folder, EngineOptions& options);
 
 // Prints `result`: in --json mode as one line, else as aligned "key: value" lines. Flushes; Error if stdout is closed
 // or full.

@@ -1,15 +1,17 @@
+#include "base/error.h"
 #include "cli/checks.h"
 #include "cli/command.h"
 #include "engine/engine_options.h"
+#include "tensor/memory.h"
 
 namespace mm {
 
 template <class T>
-static void add_name(CLI::App* command, const char* flag, T& value, T (*from_name)(const std::string&),
+static void add_name(CLI::App* command, const char* flag, T& value, T (*from_name)(const std::string&, const char*),
                      const char* (*name)(T), const char* help) {
   command
       ->add_option_function<std::string>(
-          flag, [&value, from_name](const std::string& text) { value = from_name(text); }, help)
+          flag, [&value, from_name, flag](const std::string& text) { value = from_name(text, flag); }, help)
       ->default_str(name(value))
       ->group("Engine");
 }
@@ -22,9 +24,9 @@ void add_engine_flags(CLI::App* command, EngineOptions& o, DeviceOptions& device
       ->check(CLI::IsMember({"auto", "cpu", "cuda"}))
       ->group("Engine");
   add_name(command, "--weights", o.weights, weight_format_from_name, weight_format_name,
-           "How weights are held: f32, bf16 or i8 (groups of 32, made at load)");
+           "How weights are held: f32, bf16, i8 (groups of 32, made at load), or f16 (GPU)");
   add_name(command, "--kv-type", o.kv, kv_format_from_name, kv_format_name,
-           "How keys and values are held: f32, bf16 or i8");
+           "How keys and values are held: f32, bf16, f16 or i8");
   add_name(
       command, "--kv", o.kv_layout, kv_layout_from_name, kv_layout_name,
       "paged (blocks, shared prefixes), preallocated (a run a sequence) or concat (copied every step: the naive way)");
@@ -48,7 +50,8 @@ void add_engine_flags(CLI::App* command, EngineOptions& o, DeviceOptions& device
   command
       ->add_option(
           "--draft-model", *draft_model,
-          "Speculative decoding: a smaller model of the same vocabulary that writes ahead (the text stays the same)")
+          "Speculative decoding: a smaller model of the same vocabulary that writes ahead (the text stays the same); "
+          "not with --ngram-draft")
       ->group("Engine");
   number("--draft-tokens", o.draft_tokens, "Tokens that --draft-model writes ahead (0: 4)", 0);
 }
@@ -56,6 +59,17 @@ void add_engine_flags(CLI::App* command, EngineOptions& o, DeviceOptions& device
 void set_compute_type(const EngineOptions& o, DeviceOptions& device) {
   const bool native = o.weights == WeightFormat::f32 || o.weights == WeightFormat::f16;
   device.dtype = native ? weight_format_name(o.weights) : "auto";
+  const bool on_cpu = device.device == "cpu" || (device.device == "auto" && !cuda_status().usable);
+  if (on_cpu && o.weights == WeightFormat::f16) throw Error("--weights", "f32, bf16 or i8 on the CPU", "f16");
+}
+
+std::unique_ptr<Model> load_draft_model(const std::string& folder, EngineOptions& o) {
+  if (folder.empty()) return nullptr;
+  if (o.ngram_draft > 0)
+    throw Error("--draft-model", "no --ngram-draft beside it", fmt::format("--ngram-draft {}", o.ngram_draft),
+                "only one of them can write ahead: leave the other out");
+  if (o.draft_tokens == 0) o.draft_tokens = 4;
+  return Model::load(folder);
 }
 
 }  // namespace mm

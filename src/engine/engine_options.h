@@ -35,9 +35,10 @@ struct EngineOptions {
   int64_t draft_tokens = 0;  // the same by a draft model, which must then be given; 0: off
 };
 
-KvLayout kv_layout_from_name(const std::string& name);  // Errors on unknown names
-KvFormat kv_format_from_name(const std::string& name);
-WeightFormat weight_format_from_name(const std::string& name);
+// Errors on unknown names; `flag` says where the name stands.
+KvLayout kv_layout_from_name(const std::string& name, const char* flag);
+KvFormat kv_format_from_name(const std::string& name, const char* flag);
+WeightFormat weight_format_from_name(const std::string& name, const char* flag);
 const char* weight_format_name(WeightFormat format);
 const char* kv_format_name(KvFormat format);
 const char* kv_layout_name(KvLayout layout);

@@ -261,6 +261,10 @@ def test_config_file_and_names(model, tmp_path):
     (["--tls-cert", "", "--tls-key", ""], "expected a file"),
     (["--cors", "foo"], '--cors: expected \'*\' or SCHEME://HOST[:PORT], as https://example.com, found "foo"'),
     (["--cors", "https://a.example", "--cors", "https://b.example/"], "https://b.example/"),
+    (["--ngram-draft", "3", "--draft-model", "/does/not/exist"], "--draft-model: expected no --ngram-draft"),
+    (["--weights", "f16", "--device", "cpu"], "--weights: expected f32, bf16 or i8 on the CPU, found f16"),
+    (["--weights", "int4"], "--weights: expected one of f32, bf16, i8, f16 (GPU), found"),
+    (["--kv-type", "int4"], "--kv-type: expected one of f32, bf16, f16, i8, found"),
 ])
 def test_bad_flags(model, flags, words):
     run = minimind("serve", model, "--port", 0, *flags, env={**os.environ, "MINIMIND_API_KEY": ""}, timeout=30)
