@@ -9,7 +9,7 @@
 namespace mm {
 
 int num_threads();
-void set_num_threads(int n);  // 0: all cores this process may use. Call before parallel work starts.
+void set_num_threads(int n);  // 0: all cores this process may use. Call while no parallel work runs.
 
 // Ends the waiting threads of the calling thread's team; its next parallel work makes them again. For a thread that
 // hands parallel work over to another one: with more threads than cores, idle ones counted, libgomp lets all of them

@@ -11,7 +11,7 @@ namespace mm {
 namespace {
 
 struct InferFlags {
-  std::string model, preset;
+  std::string model, preset, draft_model;
   std::vector<std::string> weights, kv;
   InferBenchOptions bench;
   DeviceOptions device;
@@ -30,40 +30,46 @@ void run_bench(InferFlags& f, const Globals& globals, bool decode) {
   if (!f.kv.empty()) b.kv.clear();
   for (const std::string& name : f.weights) b.weights.push_back(weight_format_from_name(name, "--formats"));
   for (const std::string& name : f.kv) b.kv.push_back(kv_format_from_name(name, "--kv-formats"));
+  const auto draft = load_draft_model(f.draft_model, b.engine);
+  b.draft = draft.get();
   const auto model = f.model.empty() ? Model::random(load_config(f.preset), 1) : Model::load(f.model);
 
   const char* length = decode ? "depth" : "length";
   if (!globals.json) {
-    print_line(fmt::format("{:<8}{:<6}{:>7}{:>8}{:>11}{:>11}{:>11}{:>10}{:>9}{}", "weights", "kv", "batch", length,
-                           "tok/s", "lowest", "highest", decode ? "step ms" : "TTFT ms", decode ? "GB/s" : "GFLOP/s",
-                           decode ? "  limit" : ""));
+    print_line(fmt::format("{:<8}{:<6}{:>7}{:>7}{:>8}{:>11}{:>11}{:>11}{:>10}{:>9}{}", "weights", "kv", "threads",
+                           "batch", length, "tok/s", "lowest", "highest", decode ? "step ms" : "TTFT ms",
+                           decode ? "GB/s" : "GFLOP/s", decode ? "  limit" : ""));
   }
   const auto on_row = [&](const ordered_json& r) {
     if (globals.json) return;
     const auto num = [&](const char* key) { return r[key].get<double>(); };
-    print_line(fmt::format("{:<8}{:<6}{:>7}{:>8}{:>11.1f}{:>11.1f}{:>11.1f}{:>10.3f}{:>9.1f}{}",
-                           r["weights"].get<std::string>(), r["kv"].get<std::string>(), r["batch"].get<int64_t>(),
-                           r[length].get<int64_t>(), num("tokens_per_second"), num("lowest"), num("highest"),
-                           num(decode ? "step_ms" : "ttft_ms"), num(decode ? "gbytes_per_second" : "gflops"),
-                           decode ? fmt::format("{:>6.0f}%", 100 * num("share_of_limit")) : std::string()));
+    const ordered_json& rate = r[decode ? "gbytes_per_second" : "gflops"];  // null: says nothing here
+    std::string last = fmt::format("{:>9}", rate.is_null() ? "-" : fmt::format("{:.1f}", rate.get<double>()));
+    if (decode) last += rate.is_null() ? "      -" : fmt::format("{:>6.0f}%", 100 * num("share_of_limit"));
+    print_line(fmt::format("{:<8}{:<6}{:>7}{:>7}{:>8}{:>11.1f}{:>11.1f}{:>11.1f}{:>10.3f}{}",
+                           r["weights"].get<std::string>(), r["kv"].get<std::string>(), r["threads"].get<int>(),
+                           r["batch"].get<int64_t>(), r[length].get<int64_t>(), num("tokens_per_second"), num("lowest"),
+                           num("highest"), num(decode ? "step_ms" : "ttft_ms"), last));
   };
   const ordered_json result = decode ? bench_decode(*model, b, on_row) : bench_prefill(*model, b, on_row);
   if (globals.json) return print_result(globals, result);
-  print_line(fmt::format("{}; {}; memory moves {:.1f} GB/s at most here", result["processor"].get<std::string>(),
-                         result["engine"].get<std::string>(), result["bandwidth"].get<double>() / 1e9));
+  const std::string engine = result["engine"].is_null() ? "" : result["engine"].get<std::string>() + "; ";
+  print_line(fmt::format("{}; {}memory moves {:.1f} GB/s at most here", result["processor"].get<std::string>(), engine,
+                         result["bandwidth"].get<double>() / 1e9));
 }
 
 void add_one(CLI::App& group, Globals& globals, bool decode) {
   const auto f = std::make_shared<InferFlags>();
   InferBenchOptions& b = f->bench;
   CLI::App* c =
-      decode ? group.add_subcommand(
-                   "decode",
-                   "Tokens a second one by one, by batch, depth and formats, beside the bytes that must be read\n"
-                   "  minimind bench decode --model DIR --formats bf16,i8 --batch 1,8,32 --depth 0,1024 --threads 4")
-             : group.add_subcommand("prefill",
-                                    "Prompt tokens a second, by batch, length and formats\n"
-                                    "  minimind bench prefill --model DIR --formats bf16,i8 --length 128,512,1024");
+      decode
+          ? group.add_subcommand(
+                "decode",
+                "Tokens a second one by one, by batch, depth, threads and formats, beside the bytes that must be read\n"
+                "  minimind bench decode --model DIR --formats bf16,i8 --batch 1,8,32 --depth 0,1024 --threads 2,4")
+          : group.add_subcommand("prefill",
+                                 "Prompt tokens a second, by batch, length, threads and formats\n"
+                                 "  minimind bench prefill --model DIR --formats bf16,i8 --length 128,512,1024");
   const auto positive = in_range(int64_t{1}, int64_t{1} << 24);
   c->add_option("--model", f->model, "Model folder");
   c->add_option(
@@ -83,8 +89,9 @@ void add_one(CLI::App& group, Globals& globals, bool decode) {
   c->add_option("--kv-formats", f->kv, "Keys and values likewise, in place of --kv-type")->delimiter(',');
   c->add_option("--rounds", b.rounds, "The median of these counts")->check(positive);
   c->add_flag("--sampled", b.sampled, "Draw tokens by the default sampling in place of the most probable one");
-  add_engine_flags(c, b.engine, f->device);
-  add_common_flags(c, globals);
+  add_engine_flags(c, b.engine, f->device, f->draft_model);
+  b.threads = {0};
+  add_common_flags(c, globals, &b.threads);
   c->callback([f, &globals, decode] { run_bench(*f, globals, decode); });
 }
 

@@ -136,7 +136,7 @@ void add_serve_command(CLI::App& app, Globals& globals) {
   limit(command->add_option("--drain-seconds", f.drain_seconds, "For running requests after SIGTERM or Ctrl-C"))
       ->check(seconds);
 
-  add_engine_flags(command, f.engine, f.device, &f.draft_model);
+  add_engine_flags(command, f.engine, f.device, f.draft_model);
   command->add_flag("--no-empty-think", f.no_empty_think,
                     "No empty <think></think> before answers, for models trained without it");
   add_sampling_flags(command, s.sampling);

@@ -4,6 +4,7 @@
 #include <CLI/CLI.hpp>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "base/json.h"
 #include "kernels/open_device.h"
@@ -17,17 +18,17 @@ struct Globals {
   int threads = 0;     // --threads N, 0 = all cores
 };
 
-// Adds --json, --quiet, --threads and --config FILE.toml to a command that does work.
-void add_common_flags(CLI::App* command, Globals& globals);
+// Adds --json, --quiet, --threads and --config FILE.toml to a command that does work. With thread_sweep: --threads is a
+// list, and the command sets each number itself.
+void add_common_flags(CLI::App* command, Globals& globals, std::vector<int>* thread_sweep = nullptr);
 
 // --device, --dtype and, where `naive`, the unfused GPU variants.
 void add_device_flags(CLI::App* command, DeviceOptions& options, bool naive = false);
 
 // --device, --weights, --kv and whatever else says how the engine runs; its flags go into EngineOptions but for the
-// device. With draft_model: speculative decoding by that folder's model too.
+// device and the folder of the draft model (see load_draft_model()).
 struct EngineOptions;
-void add_engine_flags(CLI::App* command, EngineOptions& options, DeviceOptions& device,
-                      std::string* draft_model = nullptr);
+void add_engine_flags(CLI::App* command, EngineOptions& options, DeviceOptions& device, std::string& draft_model);
 // What a GPU computes with follows from the weights: f32 and f16 as they are, else bf16. Error for weights that the
 // device does not take.
 void set_compute_type(const EngineOptions& options, DeviceOptions& device);

@@ -16,7 +16,7 @@ static void add_name(CLI::App* command, const char* flag, T& value, T (*from_nam
       ->group("Engine");
 }
 
-void add_engine_flags(CLI::App* command, EngineOptions& o, DeviceOptions& device, std::string* draft_model) {
+void add_engine_flags(CLI::App* command, EngineOptions& o, DeviceOptions& device, std::string& draft_model) {
   const auto number = [&](const char* flag, int64_t& value, const char* help, int64_t low) {
     command->add_option(flag, value, help)->check(in_range(low, int64_t{1} << 40))->group("Engine");
   };
@@ -46,10 +46,9 @@ void add_engine_flags(CLI::App* command, EngineOptions& o, DeviceOptions& device
   command->add_flag("--batch-invariant", o.batch_invariant, "The same bits alone and among others; slower")
       ->group("Engine");
   number("--ngram-draft", o.ngram_draft, "Speculative decoding: tokens proposed from what was said before (0: off)", 0);
-  if (draft_model == nullptr) return;
   command
       ->add_option(
-          "--draft-model", *draft_model,
+          "--draft-model", draft_model,
           "Speculative decoding: a smaller model of the same vocabulary that writes ahead (the text stays the same); "
           "not with --ngram-draft")
       ->group("Engine");

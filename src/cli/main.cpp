@@ -18,10 +18,15 @@
 
 namespace mm {
 
-void add_common_flags(CLI::App* command, Globals& globals) {
+void add_common_flags(CLI::App* command, Globals& globals, std::vector<int>* thread_sweep) {
   command->add_flag("--json", globals.json, "Print results as JSON on standard output, and nothing else there");
   command->add_flag("--quiet", globals.quiet, "No progress bars");
-  command->add_option("--threads", globals.threads, "Threads to use (0: all cores)")->check(in_range(0, 4096));
+  CLI::Option* threads =
+      thread_sweep == nullptr
+          ? command->add_option("--threads", globals.threads, "Threads to use (0: all cores)")
+          : command->add_option("--threads", *thread_sweep, "Threads to use (0: all cores); a list is a sweep")
+                ->delimiter(',');
+  threads->check(in_range(0, 4096));
   command->add_option_function<std::string>(  // read by expand_config_file() before the parse
       "--config", [](const std::string&) {}, "TOML file of flags (those on the command line win)");
   command->parse_complete_callback([&globals] {

@@ -104,16 +104,45 @@ EngineOptions fitting(const InferBenchOptions& o, const ModelConfig& config, int
 
 using RowOf = std::function<ordered_json(Engine& engine, const EngineOptions& e, int64_t batch, int64_t length)>;
 
-double read_bandwidth(double bytes) {
-  const double limit = measure_read_bandwidth(static_cast<int64_t>(bytes));
-  release_team();  // the engine's thread computes
-  return limit;
+// The numbers of threads to go through; behind them the team is as large as before.
+struct TeamSizes {
+  explicit TeamSizes(const std::vector<int>& wanted) : before(num_threads()) {
+    for (const int n : wanted) {
+      set_num_threads(n);
+      list.push_back(num_threads());
+    }
+    if (list.empty()) list.push_back(before);
+  }
+  ~TeamSizes() { set_num_threads(before); }
+  TeamSizes(const TeamSizes&) = delete;
+  int largest() const { return *std::max_element(list.begin(), list.end()); }
+
+  const int before;
+  std::vector<int> list;
+};
+
+// What memory gives at most (0: still to be measured), and how much of it the row uses.
+void add_limit(ordered_json& row, double bandwidth) {
+  if (row["step_bytes"].is_null()) {
+    for (const char* key : {"gbytes_per_second", "limit_gbytes_per_second", "share_of_limit"}) row[key] = nullptr;
+    return;
+  }
+  const auto bytes = row["step_bytes"].get<double>(), steps = 1e3 / row["step_ms"].get<double>();
+  if (bandwidth == 0) {
+    bandwidth = measure_read_bandwidth(static_cast<int64_t>(bytes));
+    release_team();  // the engine's thread computes
+  }
+  row["gbytes_per_second"] = bytes * steps / 1e9;
+  row["limit_gbytes_per_second"] = bandwidth / 1e9;
+  row["share_of_limit"] = bytes * steps / bandwidth;
 }
 
 ordered_json bench_rows(const char* name, const Model& model, const InferBenchOptions& o, int64_t n_new,
                         const RowOf& row_of, const std::function<void(const ordered_json&)>& on_row) {
   EngineOptions e = fitting(o, model.config, n_new);
   const Device& dev = e.device;
+  const TeamSizes sizes(o.threads);
+  set_num_threads(sizes.largest());
   const double bandwidth = measure_bandwidth(dev);
   ordered_json result{{"bench", name},
                       {"parameters", param_count(model.config)},
@@ -124,27 +153,29 @@ ordered_json bench_rows(const char* name, const Model& model, const InferBenchOp
                       {"rounds", o.rounds},
                       {"kv_layout", kv_layout_name(e.kv_layout)},
                       {"rows", ordered_json::array()}};
-  for (const WeightFormat weights : o.weights) {
-    for (const KvFormat kv : o.kv) {
-      e.weights = weights;
-      e.kv = kv;
-      Engine engine(model, std::nullopt, e);
-      if (result["rows"].empty()) result["engine"] = engine.description();
-      for (const int64_t batch : o.batch) {
-        for (const int64_t length : o.length) {
-          ordered_json row{{"weights", weight_format_name(weights)}, {"kv", kv_format_name(kv)}, {"batch", batch}};
-          row.update(row_of(engine, e, batch, length));
-          if (row.contains("step_bytes")) {
-            const auto bytes = row["step_bytes"].get<double>();
-            const double limit = dev.on_gpu() ? bandwidth : read_bandwidth(bytes);
-            row["limit_gbytes_per_second"] = limit / 1e9;
-            row["share_of_limit"] = row["gbytes_per_second"].get<double>() * 1e9 / limit;
-          }
-          result["rows"].push_back(row);
-          on_row(row);
-        }
+  const auto one_engine = [&](WeightFormat weights, KvFormat kv) {
+    e.weights = weights;
+    e.kv = kv;
+    Engine engine(model, std::nullopt, e, o.draft);  // lays out memory for the threads of now
+    if (result["rows"].empty()) result["engine"] = engine.description();
+    else if (result["engine"] != engine.description()) result["engine"] = nullptr;
+    for (const int64_t batch : o.batch) {
+      for (const int64_t length : o.length) {
+        ordered_json row{{"weights", weight_format_name(weights)},
+                         {"kv", kv_format_name(kv)},
+                         {"threads", num_threads()},
+                         {"batch", batch}};
+        row.update(row_of(engine, e, batch, length));
+        if (row.contains("step_bytes")) add_limit(row, dev.on_gpu() ? bandwidth : 0);
+        result["rows"].push_back(row);
+        on_row(row);
       }
     }
+  };
+  for (const int threads : sizes.list) {
+    set_num_threads(threads);
+    for (const WeightFormat weights : o.weights)
+      for (const KvFormat kv : o.kv) one_engine(weights, kv);
   }
   return result;
 }
@@ -191,16 +222,16 @@ ordered_json bench_decode(const Model& model, const InferBenchOptions& o,
       }
     }
     const Spread s = spread_of(speeds);
-    const double steps = s.median / static_cast<double>(b);
-    const double bytes =
-        decode_step_bytes(model.config, e.weights, e.kv, b, static_cast<double>(d) + static_cast<double>(o.n_tok) / 2);
-    return ordered_json{{"depth", d},
-                        {"tokens_per_second", s.median},
-                        {"lowest", s.lowest},
-                        {"highest", s.highest},
-                        {"step_ms", 1e3 / steps},
-                        {"step_bytes", bytes},
-                        {"gbytes_per_second", bytes * steps / 1e9}};
+    ordered_json row{{"depth", d},
+                     {"tokens_per_second", s.median},
+                     {"lowest", s.lowest},
+                     {"highest", s.highest},
+                     {"step_ms", 1e3 * static_cast<double>(b) / s.median},
+                     {"step_bytes", nullptr}};
+    const double length = static_cast<double>(d) + static_cast<double>(o.n_tok) / 2;
+    if (e.ngram_draft == 0 && e.draft_tokens == 0)
+      row["step_bytes"] = decode_step_bytes(model.config, e.weights, e.kv, b, length);
+    return row;
   };
   return bench_rows("decode", model, o, new_tokens(batch, depth), row_of, on_row);
 }

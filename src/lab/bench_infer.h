@@ -13,6 +13,8 @@ namespace mm {
 
 struct InferBenchOptions {
   EngineOptions engine;  // kv_tokens, context, max_sequences and queue_limit are made to fit where they are too small
+  const Model* draft = nullptr;  // writes ahead, as for class Engine
+  std::vector<int> threads;      // 0: all cores; none: as many as are set, and all that is restored behind the last row
   std::vector<WeightFormat> weights{WeightFormat::bf16};
   std::vector<KvFormat> kv{KvFormat::bf16};
   std::vector<int64_t> batch{1};
@@ -22,14 +24,18 @@ struct InferBenchOptions {
   bool sampled = false;              // draw by the default sampling in place of the largest logit
 };
 
-// A row for every combination, in the order weights, kv, batch, length:
-// decode:  {"weights", "kv", "batch", "depth", "tokens_per_second", "lowest", "highest", "step_ms", "step_bytes",
-//           "gbytes_per_second", "limit_gbytes_per_second", "share_of_limit"}: all sequences together, while all of
-//           them decode. The limit: what the same threads reach that only read so many bytes, measured right after (on
-//           a GPU, what memory moves).
-// prefill: {"weights", "kv", "batch", "length", "tokens_per_second", "lowest", "highest", "ttft_ms", "gflops"}: from
-//           the first prompt's submission to the last one's first token
-// Through class Engine, as a server uses it: scheduling and drawing included. `on_row` sees each row as it is done.
+// A row for every combination, in the order threads, weights, kv, batch, length; the engine is made anew for each of
+// the first three: decode:  {"weights", "kv", "threads", "batch", "depth", "tokens_per_second", "lowest", "highest",
+// "step_ms",
+//           "step_bytes", "gbytes_per_second", "limit_gbytes_per_second", "share_of_limit"}: all sequences together,
+//           while all of them decode. The limit: what the same threads reach that only read so many bytes, measured
+//           right after (on a GPU, what memory moves). Where drafts make several tokens a step, step_ms is the time of
+//           a token and what counts bytes is null.
+// prefill: {"weights", "kv", "threads", "batch", "length", "tokens_per_second", "lowest", "highest", "ttft_ms",
+//           "gflops"}: from the first prompt's submission to the last one's first token
+// Beside the rows: "threads" (the most of them) with the "bandwidth" that they reach, and "engine", null where the
+// rows' engines differ. Through class Engine, as a server uses it: scheduling and drawing included. `on_row` sees each
+// row as it is done.
 ordered_json bench_decode(const Model& model, const InferBenchOptions& options,
                           const std::function<void(const ordered_json&)>& on_row);
 ordered_json bench_prefill(const Model& model, const InferBenchOptions& options,

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "base/error.h"
+#include "base/thread_team.h"
 #include "engine/runner.h"
 #include "model/cost.h"
 
@@ -64,8 +65,31 @@ TEST(BenchInfer, ARowForEachCombination) {
   const ordered_json prefill = bench_prefill(*model, o, [](const ordered_json&) {});
   ASSERT_EQ(prefill["rows"].size(), 4u);
   EXPECT_GT(prefill["rows"][0]["tokens_per_second"].get<double>(), 0);
+  EXPECT_EQ(prefill["rows"][0]["threads"], num_threads());
   o.length = {100000};
   EXPECT_THROW(bench_prefill(*model, o, [](const ordered_json&) {}), Error);
+}
+
+TEST(BenchInfer, ThreadsAreSweptAndPutBack) {
+  const auto model = Model::random(tiny_config(), 1);
+  const int before = num_threads();
+  const InferBenchOptions o{.threads = {2, 1}, .batch = {1, 2}, .length = {4}, .n_tok = 8, .rounds = 1};
+  const ordered_json decode = bench_decode(*model, o, [](const ordered_json&) {});
+  ASSERT_EQ(decode["rows"].size(), 4u);
+  for (size_t i = 0; i < 4; i++) EXPECT_EQ(decode["rows"][i]["threads"], i < 2 ? 2 : 1);
+  EXPECT_EQ(decode["threads"], 2);
+  EXPECT_TRUE(decode["engine"].is_null());
+  EXPECT_EQ(num_threads(), before);
+}
+
+TEST(BenchInfer, DraftsHaveNoLimit) {
+  const auto model = Model::random(tiny_config(), 1), draft = Model::random(tiny_config(), 2);
+  InferBenchOptions o{.draft = draft.get(), .batch = {2}, .length = {4}, .n_tok = 8, .rounds = 1};
+  o.engine.draft_tokens = 3;
+  const ordered_json r = bench_decode(*model, o, [](const ordered_json&) {})["rows"][0];
+  EXPECT_GT(r["tokens_per_second"].get<double>(), 0);
+  for (const char* key : {"step_bytes", "gbytes_per_second", "limit_gbytes_per_second", "share_of_limit"})
+    EXPECT_TRUE(r.at(key).is_null()) << key;
 }
 
 }  // namespace

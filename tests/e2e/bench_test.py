@@ -93,6 +93,30 @@ def test_decode_and_prefill(trained):
     assert minimind("bench", "decode", "--formats", "f32").returncode == 2  # no model
 
 
+def test_decode_over_threads(trained):
+    """A list of numbers of threads is a sweep; what is the same in all rows stands in the line below, what is not does not."""
+    args = ["bench", "decode", "--model", trained("qwen3"), "--tokens", "8", "--rounds", "1", "--quiet"]
+    swept = json.loads(output(*args, "--threads", "2,1", "--depth", "0,8", "--json"))
+    assert [(r["threads"], r["depth"]) for r in swept["rows"]] == [(2, 0), (2, 8), (1, 0), (1, 8)]
+    assert swept["threads"] == 2 and swept["engine"] is None
+    one = json.loads(output(*args, "--threads", "1", "--json"))
+    assert one["threads"] == one["rows"][0]["threads"] == 1 and "1 threads" in one["engine"]
+    head, *_, foot = output(*args, "--threads", "1", "--formats", "f32,i8").splitlines()
+    assert head.split()[2] == "threads" and " weights" not in foot
+    assert "bf16 weights" in output(*args, "--threads", "1").splitlines()[-1]
+
+
+def test_decode_with_drafts_has_no_limit(trained):
+    model = trained("qwen3")
+    args = ["bench", "decode", "--model", model, "--tokens", "8", "--rounds", "1", "--threads", "1", "--quiet"]
+    for flags in (["--ngram-draft", "3"], ["--draft-model", model]):
+        row = json.loads(output(*args, *flags, "--json"))["rows"][0]
+        assert row["tokens_per_second"] > 0 and row["share_of_limit"] is None and row["gbytes_per_second"] is None
+        assert output(*args, *flags).splitlines()[1].split()[-2:] == ["-", "-"]
+    both = minimind(*args, "--ngram-draft", "3", "--draft-model", model)
+    assert both.returncode == 2 and "--draft-model: expected no --ngram-draft" in both.stderr
+
+
 def test_locustfile_parses():
     compile(LOCUSTFILE.read_text(encoding="utf-8"), str(LOCUSTFILE), "exec")
 
