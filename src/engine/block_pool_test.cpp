@@ -3,8 +3,11 @@
 #include <gtest/gtest.h>
 
 #include <array>
+#include <set>
 
 #include "engine/kv_space.h"
+#include "engine/kv_views.h"
+#include "tensor/memory.h"
 
 namespace mm {
 
@@ -120,6 +123,28 @@ TEST(KvSpace, OnlyWholePublishedBlocksAreMatched) {
   EXPECT_EQ(kv.pool()->n_cached(), 2);
   kv.forget();
   EXPECT_EQ(kv.match(b, text, 11), 0);
+}
+
+TEST(KvViews, HeadsReachNewPagesOneByOne) {
+  constexpr auto page = static_cast<int64_t>(large_page);
+  ModelConfig c;
+  for (const auto& [layers, heads, d_head] : {std::array{8, 4, 96}, {8, 2, 64}, {16, 5, 80}, {1, 1, 8}}) {
+    c.num_hidden_layers = layers, c.num_key_value_heads = heads, c.head_dim = d_head;
+    for (const KvFormat format : {KvFormat::f32, KvFormat::bf16, KvFormat::i8}) {
+      const int64_t row = d_head * static_cast<int64_t>(kv_element_bytes(format)), n = layers * heads;
+      for (const int64_t n_row : {int64_t{32768}, page / row, int64_t{1000000}}) {
+        const int64_t rows = staggered_rows(c, format, n_row);
+        EXPECT_GE(rows, n_row);
+        EXPECT_LE((rows - n_row) * row, page + 32 * row);
+        EXPECT_EQ(rows * row % 64, 0);
+        std::set<int64_t> places;  // where pieces begin, in a page
+        for (int64_t i = 0; i < n; i++) places.insert(i * rows * row % page / (page / n));
+        if (n_row * row < page) continue;
+        EXPECT_GE(static_cast<int64_t>(places.size()), n * 3 / 4) << n << " " << row << " " << n_row;
+      }
+      EXPECT_EQ(staggered_rows(c, format, 100), 100);  // below a page
+    }
+  }
 }
 
 }  // namespace

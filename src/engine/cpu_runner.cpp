@@ -15,11 +15,12 @@ CpuRunner::CpuRunner(const Model& model, const EngineOptions& options, const Run
     : options_(options),
       limits_(limits),
       weights_(model, options.weights, limits.context),
-      kv_buffer_(static_cast<size_t>(limits.n_row) * kv_bytes_per_token(model.config, options.kv)),
+      n_kv_row_(staggered_rows(model.config, options.kv, limits.n_row)),
+      kv_buffer_(static_cast<size_t>(n_kv_row_) * kv_bytes_per_token(model.config, options.kv)),
       scratch_(cpu::infer_scratch_bytes(weights_.model(), limits.max_tok, limits.max_out)),
       logits_(static_cast<size_t>(limits.max_out * model.config.vocab_size) * sizeof(float)),
       hidden_(static_cast<size_t>(limits.max_out * model.config.hidden_size) * sizeof(float)),
-      kv_(kv_views(model.config, options.kv, limits.n_row, kv_buffer_)),
+      kv_(kv_views(model.config, options.kv, n_kv_row_, kv_buffer_)),
       samplers_(static_cast<size_t>(num_threads())) {}
 
 static void copy_rows(const InferModel& m, const InferKv& kv, const RowCopy& c) {

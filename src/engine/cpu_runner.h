@@ -20,6 +20,7 @@ class CpuRunner final : public Runner {
   EngineOptions options_;
   RunnerLimits limits_;
   InferWeights weights_;
+  int64_t n_kv_row_;
   Buffer kv_buffer_, scratch_, logits_, hidden_;
   InferKv kv_;
   std::vector<int32_t> table_;

@@ -19,6 +19,17 @@ size_t kv_bytes_per_token(const ModelConfig& c, KvFormat format) {
          (static_cast<size_t>(c.head_dim) * kv_element_bytes(format) + (format == KvFormat::i8 ? sizeof(float) : 0));
 }
 
+int64_t staggered_rows(const ModelConfig& c, KvFormat format, int64_t n_row) {
+  constexpr int64_t unit = 16;  // keeps pieces aligned
+  constexpr auto page = static_cast<int64_t>(large_page);
+  const int64_t unit_bytes = unit * c.head_dim * static_cast<int64_t>(kv_element_bytes(format));
+  const int64_t units = (n_row + unit - 1) / unit;
+  if (units * unit_bytes < page) return n_row;
+  const int64_t apart = page / (c.num_hidden_layers * c.num_key_value_heads);
+  const int64_t missing = ((apart - units * unit_bytes) % page + page) % page;
+  return (units + (missing + unit_bytes - 1) / unit_bytes) * unit;
+}
+
 InferKv kv_views(const ModelConfig& c, KvFormat format, int64_t n_row, const Buffer& buffer) {
   const int64_t stride = n_row * c.kv_width(), n = c.num_hidden_layers * stride;
   const auto bytes = static_cast<size_t>(n) * kv_element_bytes(format);

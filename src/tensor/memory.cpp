@@ -17,7 +17,6 @@ static std::atomic<size_t> g_device_bytes{0};
 size_t device_bytes_in_use() { return g_device_bytes; }
 
 // Large pages spare TLB misses on weights, activations, keys and values. The system gives them for whole, aligned 2 MB.
-static constexpr size_t large_page = size_t{2} << 20;
 static bool in_large_pages(size_t bytes) { return bytes >= 2 * large_page; }
 static size_t mapped_bytes(size_t bytes) {
   return in_large_pages(bytes) ? (bytes + large_page - 1) / large_page * large_page : bytes;

@@ -22,6 +22,9 @@ const CudaStatus& cuda_status();
 size_t cuda_free_bytes();      // now; 0 without a GPU
 size_t device_bytes_in_use();  // allocated here as Memory::cuda and not released
 
+// Host memory of twice that or more comes in pages of this size, each when it is first touched.
+constexpr size_t large_page = size_t{2} << 20;
+
 void* allocate(size_t bytes, Memory where);  // zeroed; Error with what was asked and what is free
 void release(void* p, size_t bytes, Memory where) noexcept;
 
