@@ -40,12 +40,9 @@ static std::vector<std::string> read_flags(const std::string& path, const std::v
                                  [&](const std::string& arg) { return arg == flag || arg.rfind(flag + "=", 0) == 0; });
     if (has) continue;
     for (const std::string& value : item.inputs) {
-      if (!value.empty()) {
-        flags.push_back(flag + "=" + value);
-      } else {  // behind '=' CLI11 would take the next flag in its place
-        flags.push_back(flag);
-        flags.emplace_back();
-      }
+      flags.push_back(flag);
+      if (value.empty()) flags.emplace_back();  // behind '=' CLI11 would take the next flag in its place
+      else flags.back().append("=").append(value);
     }
   }
   return flags;
