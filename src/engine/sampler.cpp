@@ -1,7 +1,6 @@
 #include "engine/sampler.h"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <limits>
 
@@ -158,16 +157,12 @@ void Sampler::keep_top_p(float top_p) {
   pool_.resize(kept);
 }
 
-float Sampler::score(std::span<const float> logits, const RowSampling& row, std::span<const LogitEdit> edits) {
+std::span<const Candidate> Sampler::filter(std::span<const float> logits, const RowSampling& row,
+                                           std::span<const LogitEdit> edits) {
   scores_.assign(logits.begin(), logits.end());
   apply_edits(scores_, row, edits);
   for (float& x : scores_) x /= row.temperature;
-  return checked_max(scores_);
-}
-
-std::span<const Candidate> Sampler::filter(std::span<const float> logits, const RowSampling& row,
-                                           std::span<const LogitEdit> edits) {
-  const float max = score(logits, row, edits);
+  const float max = checked_max(scores_);
   keep_top_k(row.top_k);
   for (auto& c : pool_) c.score = std::exp(c.score - max);
   if (row.top_p < 1.0f) keep_top_p(row.top_p);
@@ -192,46 +187,6 @@ std::span<const Candidate> Sampler::candidates(std::span<const float> logits, co
   return filter(logits, row, edits_);
 }
 
-namespace {
-
-// See kernels/sample.h.
-class Race {
- public:
-  explicit Race(const RowSampling& row) : row_(row) {}
-  // The token's random number: its E is at least that.
-  float unit(int32_t id) {
-    const uint64_t counter = race_counter(row_.index, id);
-    if (counter != counter_) {  // four tokens share a block of random numbers
-      words_ = philox4x32(row_.seed, row_.stream, counter);
-      counter_ = counter;
-    }
-    return race_unit(words_[static_cast<size_t>(id) % 4]);
-  }
-  // Whether a token of at most this weight has lost: saves most logarithms.
-  bool beats(float weight, float unit) const { return weight <= best_ * unit; }
-  void enter(int32_t id, float weight, float unit) {
-    if (beats(weight, unit)) return;
-    const float ratio = weight / -std::log1p(-unit);
-    if (ratio > best_) best_ = ratio, winner_ = id;
-  }
-  int32_t winner() const { return winner_; }
-
- private:
-  const RowSampling& row_;
-  std::array<uint32_t, 4> words_{};
-  uint64_t counter_ = ~uint64_t{0};
-  float best_ = -1;
-  int32_t winner_ = -1;
-};
-
-// A power of two that is at least exp(x) for x <= 0 (2^-126 or more).
-float power_above_exp(float x) {
-  const float log2 = std::max(x * 1.44269504f, -126.0f);
-  return std::bit_cast<float>((127 + static_cast<int32_t>(log2)) << 23);
-}
-
-}  // namespace
-
 int32_t Sampler::draw(std::span<const float> logits, const RowSampling& row, std::span<const LogitEdit> edits) {
   if (row.temperature < kGreedyBelow) {
     if (edits.empty()) return argmax(logits);
@@ -239,22 +194,15 @@ int32_t Sampler::draw(std::span<const float> logits, const RowSampling& row, std
     apply_edits(scores_, row, edits);
     return argmax(scores_);
   }
-  Race race(row);
-  const bool all = row.top_k == 0 || row.top_k >= static_cast<int64_t>(logits.size());
-  if (!all || row.top_p < 1.0f) {
-    for (const auto& c : filter(logits, row, edits)) race.enter(c.id, c.prob, race.unit(c.id));
-    return race.winner();
+  const auto from = filter(logits, row, edits);
+  const auto bits = philox4x32(row.seed, row.stream, row.index);
+  const double u = static_cast<double>((uint64_t{bits[0]} << 32 | bits[1]) >> 11) * 0x1p-53;  // [0, 1)
+  double cumulated = 0;
+  for (const auto& c : from) {
+    cumulated += static_cast<double>(c.prob);
+    if (u < cumulated) return c.id;
   }
-  // Nothing to sort: only what may still win pays for an exponential.
-  const float max = score(logits, row, edits);
-  for (size_t i = 0; i < scores_.size(); i++) {
-    const auto id = static_cast<int32_t>(i);
-    const float x = scores_[i] - max, unit = race.unit(id);
-    if (x == -kInf || race.beats(power_above_exp(x), unit)) continue;
-    const float weight = std::exp(x);
-    if (weight >= row.min_p) race.enter(id, weight, unit);
-  }
-  return race.winner();
+  return from.back().id;  // the sum of the rounded probabilities may stay just below 1
 }
 
 int32_t Sampler::sample(std::span<const float> logits, const SamplingParams& p, std::span<const int32_t> history,

@@ -74,8 +74,6 @@ class Sampler {
 
  private:
   RowSampling row_of(const SamplingParams& params, std::span<const int32_t> history, int64_t n_prompt, uint64_t stream);
-  // Leaves edited logits / temperature in scores_; returns the largest.
-  float score(std::span<const float> logits, const RowSampling& row, std::span<const LogitEdit> edits);
   std::span<const Candidate> filter(std::span<const float> logits, const RowSampling& row,
                                     std::span<const LogitEdit> edits);
   int32_t draw(std::span<const float> logits, const RowSampling& row, std::span<const LogitEdit> edits);

@@ -154,19 +154,16 @@ TEST(Sampler, GreedyTakesTheLargestAndTheLowestIdOnATie) {
 
 TEST(Sampler, DrawsFollowTheProbabilities) {
   const auto logits = random_logits(40, 11, 1.0f);
+  const SamplingParams params{.temperature = 0.9f, .top_k = 12, .top_p = 0.9f};
+  const auto probs = reference(logits, params, {}, 0);
   Sampler sampler;
-  for (const SamplingParams& params : {SamplingParams{.temperature = 0.9f, .top_k = 12, .top_p = 0.9f},
-                                       SamplingParams{.temperature = 0.9f, .top_k = 0, .top_p = 1},
-                                       SamplingParams{.temperature = 0.9f, .top_k = 0, .top_p = 1, .min_p = 0.1f}}) {
-    const auto probs = reference(logits, params, {}, 0);
-    std::map<int32_t, int> counts;
-    constexpr int n = 40000;
-    for (uint64_t i = 0; i < n; i++) counts[sampler.sample(logits, params, {}, 0, i)]++;
-    double chi2 = 0;
-    for (const auto& [id, count] : counts) ASSERT_TRUE(probs.contains(id));
-    for (const auto& [id, p] : probs) chi2 += std::pow(counts[id] - n * p, 2) / (n * p);
-    EXPECT_LT(chi2, static_cast<double>(probs.size()) + 5 * std::sqrt(2.0 * static_cast<double>(probs.size())));
-  }
+  std::map<int32_t, int> counts;
+  constexpr int n = 40000;
+  for (uint64_t i = 0; i < n; i++) counts[sampler.sample(logits, params, {}, 0, i)]++;
+  double chi2 = 0;
+  for (const auto& [id, count] : counts) ASSERT_TRUE(probs.contains(id));
+  for (const auto& [id, p] : probs) chi2 += std::pow(counts[id] - n * p, 2) / (n * p);
+  EXPECT_LT(chi2, static_cast<double>(probs.size()) + 5 * std::sqrt(2.0 * static_cast<double>(probs.size())));
 }
 
 TEST(Sampler, ADrawDependsOnSeedStreamAndPositionAlone) {
@@ -192,21 +189,6 @@ TEST(Sampler, ADrawDependsOnSeedStreamAndPositionAlone) {
               (fresh.sample(logits, seeded, history, 2, stream) != id);
   }
   EXPECT_GT(differ, 20);
-}
-
-// Rounding differs with what else is in a batch: bf16 moves log-probabilities by about 0.005.
-TEST(Sampler, ARoundingSeldomChangesTheDraw) {
-  auto logits = random_logits(6400, 5, 3.0f), moved = logits;
-  for (size_t i = 0; i < moved.size(); i++) moved[i] += 0.005f * philox_normal(8, 2, i);
-  Sampler sampler;
-  for (const SamplingParams& params : {SamplingParams{.temperature = 1, .top_k = 0, .top_p = 1},
-                                       SamplingParams{.temperature = 1, .top_k = 50, .top_p = 0.85f}}) {
-    constexpr uint64_t n = 4000;
-    int differ = 0;
-    for (uint64_t i = 0; i < n; i++)
-      differ += sampler.sample(logits, params, {}, 0, i) != sampler.sample(moved, params, {}, 0, i) ? 1 : 0;
-    EXPECT_LT(differ, n / 100) << "top_k " << params.top_k;
-  }
 }
 
 TEST(Sampler, MinusInfinityMasksATokenForGood) {

@@ -27,7 +27,7 @@ struct SampleRow {
 
 struct Expected {
   int32_t id = -1;
-  bool close = false;  // a rounding may decide: at a threshold, or between the first two of the race
+  bool close = false;  // a threshold or the draw lies so near a border that a rounding may decide
 };
 
 // The sampler in double.
@@ -83,14 +83,21 @@ Expected reference_draw(const SampleRow& r) {
     want.close = want.close || std::abs(t.prob - static_cast<double>(r.p.min_p)) < 1e-7;
     return t.prob < static_cast<double>(r.p.min_p);
   });
-  double best = -1, second = -1;
-  for (const Token& t : pool) {
-    const auto words = philox4x32(r.p.seed, r.p.stream, race_counter(r.p.index, t.id));
-    const double ratio = t.prob / -std::log1p(-static_cast<double>(race_unit(words[static_cast<size_t>(t.id) % 4])));
-    second = std::max(second, std::min(best, ratio));
-    if (ratio > best) best = ratio, want.id = t.id;
+  if (!(r.p.top_p < 1.0f)) std::sort(pool.begin(), pool.end(), [](auto& a, auto& b) { return a.id < b.id; });
+  total = 0, cumulated = 0;
+  for (const Token& t : pool) total += t.prob;
+  const auto bits = philox4x32(r.p.seed, r.p.stream, r.p.index);
+  const double u = static_cast<double>((uint64_t{bits[0]} << 32 | bits[1]) >> 11) * 0x1p-53;
+  size_t at = 0;
+  for (size_t i = 0; i < pool.size(); i++) {
+    cumulated += pool[i].prob;
+    want.close = want.close || std::abs(u - cumulated / total) < near;
+    if (u >= cumulated / total) at = std::min(i + 1, pool.size() - 1);
   }
-  want.close = want.close || best - second < 1e-5 * best;
+  want.id = pool[at].id;
+  // The order of nearly equal probabilities is a matter of rounding as well.
+  for (size_t i = at > 0 ? at - 1 : 0; r.p.top_p < 1.0f && i < std::min(at + 1, pool.size() - 1); i++)
+    want.close = want.close || (pool[i].score != pool[i + 1].score && pool[i].score - pool[i + 1].score < 1e-6);
   return want;
 }
 

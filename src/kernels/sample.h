@@ -1,15 +1,8 @@
 // Drawing tokens from logits, row by row, with parameters of each row: what engine/sampler.h does on the host and
 // cuda/sample.cu on the GPU, with the same order of filters and the same random numbers.
-//
-// The draw is a race: every token has an exponential random number E of its own, and the largest probability / E wins,
-// which happens with that token's probability (the Gumbel-max trick; Maddison et al., "A* Sampling", 2014). Logits that
-// differ by a rounding then seldom change the token: in a running sum of probabilities every border behind a change
-// moves.
 #pragma once
 
 #include <cstdint>
-
-#include "base/host_device.h"
 
 namespace mm {
 
@@ -29,14 +22,9 @@ struct RowSampling {
   float top_p = 1.0f;        // what comes after the token whose cumulated probability exceeds top_p goes
   float min_p = 0.0f;
   float repetition = 1.0f, presence = 0.0f, frequency = 0.0f;
-  uint64_t seed = 0, stream = 0, index = 0;  // of the random numbers; index = tokens before this one
+  uint64_t seed = 0, stream = 0, index = 0;  // philox4x32(seed, stream, index), index = tokens before this one
   int32_t edits_begin = 0, edits_end = 0;    // of the step's list of LogitEdit
   int32_t mask = -1;                         // index of a bit mask [ceil(n_vocab / 32)], bit set = allowed; -1: all
 };
-
-// E = -log(1 - v), precise for the small E that win; v is race_unit of word i % 4 of
-// philox4x32(seed, stream, race_counter(index, i)) for token i.
-MM_HD uint64_t race_counter(uint64_t index, int32_t id) { return index << 20 | static_cast<uint32_t>(id) / 4; }
-MM_HD float race_unit(uint32_t word) { return (static_cast<float>(word) + 0.5f) * 0x1p-32f; }  // (0, 1]
 
 }  // namespace mm

@@ -21,7 +21,11 @@
 
 #include <cstdint>
 
-#include "base/host_device.h"
+#if defined(__CUDACC__)
+#define MM_HD __host__ __device__ __forceinline__
+#else
+#define MM_HD inline
+#endif
 
 namespace mm::cuda {
 

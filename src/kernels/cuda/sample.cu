@@ -4,8 +4,8 @@
 //   1 score = edited logit / temperature, -inf where masked; maximum
 //   2 histogram of the distances to the maximum in 2,048 bins of 1/64; the bins that hold top_k tokens (without top-k:
 //     as many as fit) give the candidates
-//   3 candidates sorted by (distance, id): top-p is a prefix of their running sum, min-p too; what is left races
-//     (kernels/sample.h)
+//   3 candidates sorted by (distance, id): top-p is a prefix of their running sum, min-p too; the draw is the place
+//     where u times the kept sum falls in the running sum (by probability with top-p, else by id, as on the host)
 //
 // Where more than kThreads candidates would have to be sorted (flat or tied logits), thresholds come from selections by
 // 11, 11 and 10 bits of the key, with sums in integers of 2^-28. Every sum has a fixed order or is of integers, so a

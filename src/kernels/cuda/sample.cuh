@@ -17,7 +17,8 @@ struct alignas(16) SampleShared {
   uint64_t list[kThreads];                       // candidates: key << 32 | id
   uint64_t warp_sum[32];
   uint64_t before;
-  float warp_max[32];
+  float warp_max[32], kept;
+  double u;
   uint32_t prefix;
   int n_list, found;
 };
@@ -154,58 +155,35 @@ __device__ int nth_match(SampleShared<kThreads>& s, int n, int index, Match&& ma
   return s.found;
 }
 
-// A thread's best in the race of kernels/sample.h.
-class Race {
- public:
-  __device__ __forceinline__ Race(uint64_t seed, uint64_t stream, uint64_t index)
-      : seed_(seed), stream_(stream), index_(index) {}
-  __device__ __forceinline__ uint4 words(int id) const { return philox(seed_, stream_, race_counter(index_, id)); }
-  __device__ __forceinline__ void enter(int id, float weight, uint32_t word) {
-    const float v = race_unit(word);
-    if (weight <= best_ * v) return;  // E >= v: saves most logarithms
-    const float ratio = weight / -log1pf(-v);
-    if (ratio > best_) best_ = ratio, winner_ = id;
-  }
-  // The block's winner, the lowest id on a tie; -1 if none entered.
-  template <int kThreads>
-  __device__ __forceinline__ int32_t winner(uint64_t* shared) const {
-    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-    const auto largest = [](uint64_t x) {
-#pragma unroll
-      for (int i = 16; i > 0; i /= 2) {
-        const uint64_t y = __shfl_xor_sync(0xffffffffu, x, i);
-        x = y > x ? y : x;
-      }
-      return x;
-    };
-    const uint64_t mine = winner_ < 0 ? 0 : uint64_t{__float_as_uint(best_)} << 32 | ~static_cast<uint32_t>(winner_);
-    const uint64_t best = largest(mine);
-    if (lane == 0) shared[warp] = best;
-    __syncthreads();
-    const uint64_t all = largest(lane < kThreads / 32 ? shared[lane] : 0);
-    __syncthreads();
-    return all == 0 ? -1 : static_cast<int32_t>(~static_cast<uint32_t>(all));
-  }
-
- private:
-  uint64_t seed_, stream_, index_;
-  float best_ = -1;
-  int winner_ = -1;
-};
-
-// Draws from all of [0, n) with weight(i); weight 0 never.
+// Draws in the order of ids: the first i whose cumulated weight exceeds u times their sum; weight 0 never.
 template <int kThreads, class Weight>
-__device__ int draw_from_all(SampleShared<kThreads>& s, int n, Race race, Weight&& weight) {
-  for (int first = 4 * static_cast<int>(threadIdx.x); first < n; first += 4 * kThreads) {
-    const uint4 words = race.words(first);
-    const uint32_t word[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-      const float w = first + j < n ? weight(first + j) : 0.0f;
-      if (w > 0.0f) race.enter(first + j, w, word[j]);
+__device__ int draw_by_id(SampleShared<kThreads>& s, int n, double u, Weight&& weight) {
+  const int tid = static_cast<int>(threadIdx.x), share = ((n + kThreads - 1) / kThreads) | 1;  // odd: no bank conflicts
+  const int begin = min(tid * share, n), end = min(begin + share, n);
+  double sum = 0, total;
+  int last = -1;
+  for (int i = begin; i < end; i++) {
+    const float w = weight(i);
+    sum += static_cast<double>(w);
+    if (w > 0.0f) last = i;
+  }
+  if (tid == 0) s.found = 0x7fffffff, s.n_list = -1;
+  const double inclusive = block_scan<kThreads>(sum, total, s.warp_sum), target = u * total;
+  double at = inclusive - sum;
+  if (last >= 0) atomicMax(&s.n_list, last);
+  // The borders of neighbours may differ by a rounding: whoever is first takes it, and if none does the last token.
+  if (target < inclusive) {
+    for (int i = begin; i < end; i++) {
+      const float w = weight(i);
+      at += static_cast<double>(w);
+      if (w > 0.0f && target < at) {
+        atomicMin(&s.found, i);
+        break;
+      }
     }
   }
-  return race.winner<kThreads>(s.warp_sum);
+  __syncthreads();
+  return s.found != 0x7fffffff ? s.found : s.n_list;
 }
 
 }  // namespace sampling
@@ -269,6 +247,10 @@ __device__ int32_t sample_row(SampleShared<kThreads>& s, float* score, const T* 
   max = warp_max(max);
   if (lane == 0) s.warp_max[warp] = max;
   if (tid == 0) s.found = 0x7fffffff, s.n_list = 0;
+  if (tid == kThreads - 1) {
+    const uint4 bits = philox(p.seed, p.stream, p.index);
+    s.u = static_cast<double>((uint64_t{bits.x} << 32 | bits.y) >> 11) * 0x1p-53;
+  }
   __syncthreads();
   max = warp_max(lane < kThreads / 32 ? s.warp_max[lane] : -INFINITY);
   if (!(max < INFINITY) || max == -INFINITY) {
@@ -286,11 +268,11 @@ __device__ int32_t sample_row(SampleShared<kThreads>& s, float* score, const T* 
     return s.found;
   }
 
-  Race race(p.seed, p.stream, p.index);
+  const double u = s.u;
   const bool any_k = p.top_k <= 0 || p.top_k >= n_vocab, any_p = !(p.top_p < 1.0f);
   const auto prob = [&](float x) { return expf(x - max); };  // times the sum of all
   if (any_k && any_p) {
-    return draw_from_all(s, n_vocab, race, [&](int i) {
+    return draw_by_id(s, n_vocab, u, [&](int i) {
       const float e = prob(score[i]);
       return e >= p.min_p ? e : 0.0f;
     });
@@ -346,19 +328,32 @@ __device__ int32_t sample_row(SampleShared<kThreads>& s, float* score, const T* 
     sort_list<kThreads>(s.list, n);
     const auto distance = [&](int i) { return static_cast<uint32_t>(s.list[i] >> 32); };
     const bool in_pool = tid < n && (any_k || p.top_k >= n || distance(tid) <= distance(p.top_k - 1));
-    const float e = in_pool ? expf(-__uint_as_float(distance(tid))) : 0.0f;
-    float pool_mass;
-    const float inclusive = block_scan<kThreads>(e, pool_mass, s.warp_sum);
+    float e = in_pool ? expf(-__uint_as_float(distance(tid))) : 0.0f, pool_mass;
+    float inclusive = block_scan<kThreads>(e, pool_mass, s.warp_sum);
     // In floats: of few terms, whose rounding a sum in double would not better much.
     const float limit = any_p ? INFINITY : p.top_p * (any_k ? all_mass : pool_mass);
     if (!complete && !__syncthreads_or(tid == n - 1 && inclusive > limit)) continue;
     const bool kept = in_pool && (tid == 0 || inclusive - e <= limit);
-    if (kept && e >= p.min_p) {
-      const auto id = static_cast<int>(s.list[tid] & 0xffffffffu);
-      const uint4 words = race.words(id);
-      race.enter(id, e, id % 4 < 2 ? (id % 4 == 0 ? words.x : words.y) : (id % 4 == 2 ? words.z : words.w));
+    const int n_kept = __syncthreads_count(kept && e >= p.min_p);
+    float kept_mass;
+    if (any_p) {  // in the order of ids
+      const uint64_t mine = s.list[tid] << 32 | __float_as_uint(e);
+      __syncthreads();
+      if (tid < n_kept) s.list[tid] = mine;
+      __syncthreads();
+      sort_list<kThreads>(s.list, n_kept);
+      e = tid < n_kept ? __uint_as_float(static_cast<uint32_t>(s.list[tid])) : 0.0f;
+      inclusive = block_scan<kThreads>(e, kept_mass, s.warp_sum);
+    } else {
+      if (tid == n_kept - 1) s.kept = inclusive;
+      __syncthreads();
+      kept_mass = s.kept;
     }
-    return race.winner<kThreads>(s.warp_sum);
+    const double target = u * static_cast<double>(kept_mass);
+    const int drawn = min(__syncthreads_count(tid < n_kept && static_cast<double>(inclusive) <= target), n_kept - 1);
+    const uint64_t winner = s.list[drawn];
+    __syncthreads();
+    return static_cast<int32_t>(any_p ? winner >> 32 : winner & 0xffffffffu);
   }
 
   // Too many candidates to sort: by selection on the bits of scores and distances.
@@ -368,7 +363,7 @@ __device__ int32_t sample_row(SampleShared<kThreads>& s, float* score, const T* 
                                    [&](int i) { return descending_key(score[i]); }, [](int) { return 1u; });
   const auto in_pool = [&](float x) { return descending_key(x) <= bar; };
   if (any_p) {
-    return draw_from_all(s, n_vocab, race, [&](int i) {
+    return draw_by_id(s, n_vocab, u, [&](int i) {
       const float x = score[i], e = prob(x);
       return in_pool(x) && e >= p.min_p ? e : 0.0f;
     });
@@ -376,20 +371,29 @@ __device__ int32_t sample_row(SampleShared<kThreads>& s, float* score, const T* 
   const auto fixed = [](float e) { return static_cast<uint32_t>(e * 0x1p28f + 0.5f) - (e >= 1.0f ? 1u : 0u); };
   const auto key = [&](int i) { return __float_as_uint(max - score[i]); };
   const auto weight = [&](int i) { return in_pool(score[i]) ? fixed(prob(score[i])) : 0u; };
-  uint64_t mass = 0, pool_mass;
-  for (int i = tid; i < n_vocab; i += kThreads) mass += weight(i);
-  (void)block_scan<kThreads>(mass, pool_mass, s.warp_sum);
+  const auto mass_above = [&](float least) {
+    uint64_t sum = 0, total;
+    for (int i = tid; i < n_vocab; i += kThreads) sum += prob(score[i]) >= least ? weight(i) : 0u;
+    (void)block_scan<kThreads>(sum, total, s.warp_sum);
+    return total;
+  };
+  const uint64_t pool_mass = mass_above(0.0f);
   const auto limit =
       min(static_cast<uint64_t>(static_cast<double>(p.top_p) * static_cast<double>(pool_mass)), pool_mass - 1);
-  // Of the tokens at the border the first ones stay, by id.
   const uint32_t border = select_key(s, n_vocab, limit, key, weight);
-  const auto n_equal = static_cast<int>((limit - s.before) / fixed(expf(-__uint_as_float(border)))) + 1;
-  const int last = nth_match(s, n_vocab, n_equal - 1, [&](int i) { return key(i) == border && in_pool(score[i]); });
-  return draw_from_all(s, n_vocab, race, [&](int i) {
-    const uint32_t k = key(i);
-    const float e = prob(score[i]);
-    return in_pool(score[i]) && (k < border || (k == border && i <= last)) && e >= p.min_p ? e : 0.0f;
-  });
+  const float border_prob = expf(-__uint_as_float(border));
+  uint64_t kept_mass = 0;
+  if (border_prob >= p.min_p) {
+    const uint64_t each = fixed(border_prob);
+    kept_mass = s.before + ((limit - s.before) / each + 1) * each;
+  } else {
+    kept_mass = mass_above(p.min_p);
+  }
+  __syncthreads();
+  const auto target = min(static_cast<uint64_t>(u * static_cast<double>(kept_mass)), kept_mass - 1);
+  const uint32_t drawn = select_key(s, n_vocab, target, key, weight);
+  const auto index = static_cast<int>((target - s.before) / fixed(expf(-__uint_as_float(drawn))));
+  return nth_match(s, n_vocab, index, [&](int i) { return key(i) == drawn && in_pool(score[i]); });
 }
 
 }  // namespace mm::cuda
