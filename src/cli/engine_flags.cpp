@@ -47,9 +47,10 @@ void add_engine_flags(CLI::App* command, EngineOptions& o, DeviceOptions& device
       ->group("Engine");
   number("--ngram-draft", o.ngram_draft, "Speculative decoding: tokens proposed from what was said before (0: off)", 0);
   command
-      ->add_option("--draft-model", draft_model,
-                   "Speculative decoding: a smaller model of the same vocabulary that writes ahead (by the same draws); "
-                   "not with --ngram-draft")
+      ->add_option(
+          "--draft-model", draft_model,
+          "Speculative decoding: a smaller model of the same vocabulary that writes ahead (by the same draws); "
+          "not with --ngram-draft")
       ->group("Engine");
   number("--draft-tokens", o.draft_tokens, "Tokens that --draft-model writes ahead (0: 4)", 0);
 }
