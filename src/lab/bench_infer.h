@@ -25,14 +25,16 @@ struct InferBenchOptions {
 };
 
 // A row for every combination, in the order threads, weights, kv, batch, length; the engine is made anew for each of
-// the first three: decode:  {"weights", "kv", "threads", "batch", "depth", "tokens_per_second", "lowest", "highest",
-// "step_ms",
+// the first three.
+//
+// decode:  {"weights", "kv", "threads", "batch", "depth", "tokens_per_second", "lowest", "highest", "step_ms",
 //           "step_bytes", "gbytes_per_second", "limit_gbytes_per_second", "share_of_limit"}: all sequences together,
 //           while all of them decode. The limit: what the same threads reach that only read so many bytes, measured
 //           right after (on a GPU, what memory moves). Where drafts make several tokens a step, step_ms is the time of
 //           a token and what counts bytes is null.
 // prefill: {"weights", "kv", "threads", "batch", "length", "tokens_per_second", "lowest", "highest", "ttft_ms",
 //           "gflops"}: from the first prompt's submission to the last one's first token
+//
 // Beside the rows: "threads" (the most of them) with the "bandwidth" that they reach, and "engine", null where the
 // rows' engines differ. Through class Engine, as a server uses it: scheduling and drawing included. `on_row` sees each
 // row as it is done.
